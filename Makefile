@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: GPL-2.0
+# `make` lists the targets. The work is done by tools/series/series.
+
+MAKEFLAGS += --no-print-directory
+export KERNEL_TREE JOBS TREE FILE RUN ARGS
+
+.PHONY: help tree refresh
+help tree refresh:
+	@tools/series/series $@
+
+.DEFAULT_GOAL := help

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Progress, logs, processes and git: what the rest of the harness stands on."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.join(TOP, "tools", "series")
+CACHE = os.path.abspath(os.environ.get("RUST_HMM_CACHE") or os.path.join(
+    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rust-hmm"))
+LOGS = os.path.join(CACHE, "log")
+JOBS = os.environ.get("JOBS") or str(os.cpu_count() or 1)
+
+
+def clean_env():
+    """The environment for everything started here.
+
+    Without what make passes down, without what would redirect a kernel build, and with no
+    personal git configuration: the same input gives the same commits and patches everywhere.
+    """
+    drop = re.compile(r"(MAKE.*|MFLAGS|GNUMAKEFLAGS|JOBS|TREE|FILE|RUN|ARGS|KERNEL_TREE|O|V|W|C|M|"
+                      r"ARCH|SUBARCH|CROSS_COMPILE|CC|LD|HOSTCC|LLVM|CLIPPY|K[A-Z]*FLAGS|KBUILD_.*|"
+                      r"KCONFIG_.*|INSTALL_.*|GIT_.*|QUILT_.*|LC_.*|LANG|LANGUAGE)")
+    env = {k: v for k, v in os.environ.items() if not drop.fullmatch(k)}
+    env.update(LC_ALL="C.UTF-8", GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_NOSYSTEM="1",
+               GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0="safe.directory", GIT_CONFIG_VALUE_0="*",
+               GIT_TERMINAL_PROMPT="0", PYTHONDONTWRITEBYTECODE="1")
+    return env
+
+
+ENV = clean_env()
+
+
+class Failure(Exception):
+    """Something went wrong; str() is for the person at the screen, log is a file to read."""
+
+    def __init__(self, message, log=None, status=1):
+        super().__init__(message)
+        self.log = log
+        self.status = status
+
+
+def read(path):
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        return f.read()
+
+
+def write(path, text):
+    """Write a file whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "w", encoding="utf-8", errors="surrogateescape") as f:
+        f.write(text)
+    os.replace(path + ".new", path)
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def duration(seconds):
+    return "%.1f s" % seconds if seconds < 60 else "%d min %02d s" % divmod(round(seconds), 60)
+
+
+@contextlib.contextmanager
+def step(text):
+    """One line of progress: the text at once, its time when it is done."""
+    print("  %-62s " % text, end="", flush=True)
+    start = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        say("FAILED %8s" % duration(time.monotonic() - start))
+        raise
+    say("%15s" % duration(time.monotonic() - start))
+
+
+def logfile(name):
+    os.makedirs(LOGS, exist_ok=True)
+    return os.path.join(LOGS, name + ".log")
+
+
+def tail(log, lines=20):
+    """The lines of a log that most likely tell what went wrong."""
+    try:
+        text = [l.rstrip() for l in read(log).splitlines() if l.strip()]
+    except OSError:
+        return []
+    bad = re.compile(r"\b(error|Error|fatal|undefined|panic|BUG|FAILED|not found|No such file)\b")
+    first = next((i for i, l in enumerate(text) if bad.search(l) and "*** " not in l), None)
+    if first is None or first > len(text) - lines:
+        return text[-lines:]
+    return text[max(0, first - 2):first + lines - 2]
+
+
+def kill_group(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(command, log, cwd=None, env=None, timeout=3600, what=None, check=True, stdin=None):
+    """Run a command with its output in a log file. A status other than 0 is a Failure."""
+    path = logfile(log)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("$ %s\n" % " ".join(command))
+        f.flush()
+        process = subprocess.Popen(command, cwd=cwd, env=env or ENV, stdout=f, stderr=subprocess.STDOUT,
+                                   stdin=stdin or subprocess.DEVNULL, start_new_session=True)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            kill_group(process)
+            raise Failure("%s did not end within %s" % (what or command[0], duration(timeout)), path)
+        except BaseException:
+            kill_group(process)
+            raise
+    if status and check:
+        raise Failure("%s failed (status %d)" % (what or " ".join(command[:3]), status), path)
+    return status
+
+
+def output(*command, cwd=None, check=True, env=None, strip=True):
+    """The standard output of a short command."""
+    p = subprocess.run(command, cwd=cwd, env=env or ENV, stdin=subprocess.DEVNULL, check=False,
+                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if p.returncode and check:
+        raise Failure("%s: %s" % (" ".join(command), p.stderr.decode(errors="replace").strip()))
+    text = p.stdout.decode("utf-8", "surrogateescape")
+    return text.strip() if strip else text
+
+
+def git(repo, *args, **kw):
+    return output("git", "-C", repo, *args, **kw)
+
+
+def git_ok(repo, *args):
+    return subprocess.run(("git", "-C", repo) + args, env=ENV, stdin=subprocess.DEVNULL, check=False,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def identity(name, email, date):
+    """Environment for a commit that is the same wherever it is made."""
+    return dict(ENV, GIT_AUTHOR_NAME=name, GIT_AUTHOR_EMAIL=email, GIT_AUTHOR_DATE=date,
+                GIT_COMMITTER_NAME=name, GIT_COMMITTER_EMAIL=email, GIT_COMMITTER_DATE=date)
+
+
+@contextlib.contextmanager
+def scratch(name):
+    """A directory in the cache for something half done; gone afterwards, whatever happens."""
+    path = os.path.join(CACHE, "tmp", "%s.%d" % (name, os.getpid()))
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def die(e):
+    say("\n%s: %s" % (os.path.basename(sys.argv[0]), e))
+    if isinstance(e, Failure) and e.log:
+        for line in tail(e.log):
+            say("    " + line)
+        say("  the whole log: %s" % e.log)
+    sys.exit(getattr(e, "status", 1))
