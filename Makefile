@@ -2,10 +2,10 @@
 # `make` lists the targets. The work is done by tools/series/series.
 
 MAKEFLAGS += --no-print-directory
-export KERNEL_TREE JOBS TREE FILE RUN ARGS
+export KERNEL_TREE JOBS TREE FILE RUN ARGS TIMEOUT
 
-.PHONY: help tree refresh
-help tree refresh:
+.PHONY: help demo uml tree refresh clean
+help demo uml tree refresh clean:
 	@tools/series/series $@
 
 .DEFAULT_GOAL := help

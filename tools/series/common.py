@@ -59,8 +59,13 @@ def write(path, text):
     os.replace(path + ".new", path)
 
 
-def say(text=""):
-    print(text, flush=True)
+class Screen:
+    """Where progress goes: standard output, unless that belongs to the program that is run."""
+    stream = sys.stdout
+
+
+def say(text="", end="\n"):
+    print(text, end=end, file=Screen.stream, flush=True)
 
 
 def duration(seconds):
@@ -70,7 +75,7 @@ def duration(seconds):
 @contextlib.contextmanager
 def step(text):
     """One line of progress: the text at once, its time when it is done."""
-    print("  %-62s " % text, end="", flush=True)
+    say("  %-62s " % text, end="")
     start = time.monotonic()
     try:
         yield

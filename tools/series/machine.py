@@ -237,7 +237,7 @@ def rust_lib_src():
 def bindgen():
     """The directory of a bindgen that is new enough; None if one has to be built."""
     own = os.path.join(CACHE, "tools", "bindgen-" + BINDGEN, "bin")
-    for path in (which("bindgen"), own + "/bindgen"):
+    for path in (which("bindgen"), which(own + "/bindgen")):
         if path and version(output(path, "--version", check=False)) >= BINDGEN_MIN:
             return os.path.dirname(path)
     return None

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * PID 1 of a boot: mounts, loads the module, runs one program, and says how it ended.
+ *
+ * The root is a directory of the host (hostfs). In it the harness leaves
+ *   argv      the program and its arguments, the working directory first, each ended by a NUL
+ *   modules/  the modules to load
+ * and reads afterwards
+ *   status    "exit N" or "signal N", or "init ..." when this program itself failed.
+ *
+ * Output is byte for byte: /dev/tty0 and /dev/tty1 are file descriptors of the host and are put
+ * into raw mode. The kernel's log goes elsewhere.
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <unistd.h>
+
+static void finish(const char *format, ...)
+{
+	FILE *f = fopen("/status.new", "w");
+	va_list args;
+
+	if (f) {
+		va_start(args, format);
+		vfprintf(f, format, args);
+		va_end(args);
+		if (!fclose(f))
+			rename("/status.new", "/status");
+	}
+	tcdrain(1);
+	tcdrain(2);
+	sync();
+	reboot(RB_POWER_OFF);
+	for (;;)
+		pause();
+}
+
+static void mounted(const char *type, const char *where, unsigned long flags, const char *data)
+{
+	if (mount("none", where, type, flags, data) && errno != EBUSY)
+		finish("init mount %s on %s: %s\n", type, where, strerror(errno));
+}
+
+static void console(const char *path, int fd)
+{
+	struct termios t;
+	int c = open(path, O_RDWR | O_NOCTTY);
+
+	if (c < 0 || dup2(c, fd) < 0)
+		finish("init open %s: %s\n", path, strerror(errno));
+	if (c != fd)
+		close(c);
+	tcgetattr(fd, &t);
+	cfmakeraw(&t);
+	tcsetattr(fd, TCSANOW, &t);
+}
+
+static void load_modules(void)
+{
+	struct dirent **names;
+	char path[512];
+	int i, fd, n = scandir("/modules", &names, NULL, alphasort);
+
+	for (i = 0; i < n; i++) {
+		if (names[i]->d_name[0] == '.')
+			continue;
+		snprintf(path, sizeof(path), "/modules/%s", names[i]->d_name);
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0 || syscall(SYS_finit_module, fd, "", 0))
+			finish("init load %s: %s\n", path, strerror(errno));
+		close(fd);
+	}
+}
+
+int main(void)
+{
+	static char buf[65536], *argv[4096];
+	int fd, n = 0, status;
+	ssize_t size;
+	char *p;
+	pid_t child, pid;
+
+	mounted("proc", "/proc", 0, NULL);
+	mounted("sysfs", "/sys", 0, NULL);
+	mounted("devtmpfs", "/dev", 0, NULL);
+	mounted("tmpfs", "/tmp", 0, NULL);
+	mounted("debugfs", "/sys/kernel/debug", 0, NULL);
+	mounted("hostfs", "/host", MS_RDONLY, "/");
+	mkdir("/dev/shm", 0755);
+	mounted("tmpfs", "/dev/shm", 0, NULL);
+
+	fd = open("/dev/null", O_RDONLY);
+	if (fd < 0 || dup2(fd, 0) < 0)
+		finish("init open /dev/null: %s\n", strerror(errno));
+	if (fd > 2)
+		close(fd);
+	console("/dev/tty0", 1);
+	console("/dev/tty1", 2);
+
+	fd = open("/argv", O_RDONLY | O_CLOEXEC);
+	size = fd < 0 ? -1 : read(fd, buf, sizeof(buf) - 1);
+	if (size <= 0)
+		finish("init no argv\n");
+	close(fd);
+	for (p = buf; p < buf + size && n < 4095; p += strlen(p) + 1)
+		argv[n++] = p;
+	if (n < 2)
+		finish("init no program\n");
+
+	load_modules();
+
+	child = fork();
+	if (child < 0)
+		finish("init fork: %s\n", strerror(errno));
+	if (!child) {
+		setsid();
+		setenv("PATH", "/bin:/usr/bin:/sbin:/usr/sbin", 1);
+		setenv("HOME", "/tmp", 1);
+		setenv("TMPDIR", "/tmp", 1);
+		if (chdir(argv[0]) && chdir("/"))
+			_exit(127);
+		execv(argv[1], argv + 1);
+		dprintf(2, "%s: %s\n", argv[1], strerror(errno));
+		_exit(errno == ENOENT ? 127 : 126);
+	}
+	do {
+		pid = wait(&status);
+	} while (pid != child);
+
+	if (WIFSIGNALED(status))
+		finish("signal %d\n", WTERMSIG(status));
+	finish("exit %d\n", WEXITSTATUS(status));
+	return 0;
+}

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Build kernels and programs from a tree, run KUnit, boot UML. kbuild and kunit.py do the work."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+from common import (CACHE, HERE, JOBS, Failure, duration, git, git_ok, kill_group, logfile, output,
+                    read, run, scratch, write)
+
+SELFTESTS = "tools/testing/selftests/hmm"
+DEMO = "dummy_gpu_demo"
+KUNITCONFIG = "mm/hmm/.kunitconfig"
+SAFETY = ("panic_on_warn=1", "oops=panic")     # on every boot
+BOOT_TIMEOUT = 300
+
+
+class Kernels:
+    """The builds of one source tree. Each has its directory, and is built incrementally."""
+
+    def __init__(self, src, toolchain, out):
+        self.src = src
+        self.tc = toolchain
+        self.out = out
+
+    def dir(self, name):
+        path = os.path.join(self.out, name)
+        os.makedirs(path, exist_ok=True)
+        return path
+
+    def make(self, name, *args, log=None, arch="um", check=True, timeout=3600, what=None):
+        """make in the build directory of that name."""
+        command = ["make", "-C", self.src, "O=" + self.dir(name), "ARCH=" + arch, "-j" + JOBS]
+        return run(command + self.tc.make + list(args), log or "build-" + name, env=self.tc.env,
+                   timeout=timeout, check=check, what=what or "the build of " + name)
+
+    def configure(self, name, *fragments):
+        """A .config from fragments; every line of them has to hold."""
+        text = "".join(read(f) for f in fragments)
+        config = os.path.join(self.dir(name), ".config")
+        mark = os.path.join(self.dir(name), "fragment")
+        if not os.path.exists(config) or not os.path.exists(mark) or read(mark) != text:
+            write(config, text)
+            write(mark, text)
+        self.make(name, "olddefconfig", what="the configuration of " + name)
+        have = set(read(config).splitlines())
+        wanted = {}
+        for line in text.splitlines():
+            m = re.match(r"(?:# )?(CONFIG_\w+)(=| is not set)", line)
+            if m:
+                wanted[m.group(1)] = line
+        for symbol, line in wanted.items():
+            if line in have or (re.search(r"=n$|not set$", line) and
+                                not any(h.startswith(symbol + "=") for h in have)):
+                continue
+            if git_ok(self.src, "grep", "-qE", r"^\s*(menu)?config %s$" % symbol[7:], "--", "*Kconfig*"):
+                raise Failure("%s does not hold in %s" % (line, config))
+
+    def build(self, name, *fragments):
+        self.configure(name, *fragments)
+        self.make(name)
+        return os.path.join(self.dir(name), "linux")
+
+    def demo_kernel(self):
+        return self.build("um", HERE + "/um.config")
+
+    # --- KUnit --------------------------------------------------------------------------------------
+
+    def kunitconfig(self):
+        own = os.path.join(self.src, KUNITCONFIG)
+        return own if os.path.exists(own) else HERE + "/kunit.config"
+
+    def kunit_py(self, command, *args, log, timeout, check=True, what=None):
+        return run([sys.executable, os.path.join(self.src, "tools/testing/kunit/kunit.py"), command,
+                    "--arch=um", "--build_dir=" + self.dir("kunit")] + list(args), log, cwd=self.src,
+                   env=self.tc.env, timeout=timeout, check=check, what=what)
+
+    def kunit_build(self):
+        self.kunit_py("build", "--kunitconfig=" + self.kunitconfig(), "--jobs=" + JOBS,
+                      *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
+                      what="the build of the KUnit kernel")
+
+    def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT):
+        """Boot the KUnit kernel: [(suite.test, PASS|FAIL|SKIP|ERROR)], and the kernel's log."""
+        log = os.path.join(self.dir("kunit"), "test.log")
+        with scratch("kunit") as tmp:
+            result = os.path.join(tmp, "result.json")
+            status = self.kunit_py("exec", "--json=" + result, "--timeout=%d" % timeout,
+                                   *("--kernel_args=" + a for a in SAFETY), *([pattern] if pattern else []),
+                                   log="kunit", timeout=timeout + 60, check=False)
+            if not os.path.exists(result):
+                raise Failure("kunit.py gave no result", log if os.path.exists(log) else logfile("kunit"))
+            results, broken = flatten(json.loads(read(result)))
+        text = read(log)
+        if broken or "Kernel panic" in text or (status and all(s in ("PASS", "SKIP") for _, s in results)):
+            results.append(("kunit.the-run-itself", "ERROR"))
+        return results, text
+
+    def parse_ktap(self, path, program):
+        """The results in a program's output, as kunit.py reads them."""
+        with scratch("ktap") as tmp:
+            result = os.path.join(tmp, "result.json")
+            run([sys.executable, os.path.join(self.src, "tools/testing/kunit/kunit.py"), "parse",
+                 "--json=" + result, path], "kunit-parse", cwd=self.src, check=False, timeout=60)
+            if not os.path.exists(result):
+                return [(program + ".no-result", "ERROR")]
+            results, broken = flatten(json.loads(read(result)), program)
+        return results + ([(program + ".the-run-itself", "ERROR")] if broken else [])
+
+    # --- programs ------------------------------------------------------------------------------------
+
+    def programs(self):
+        """Build what is in the series' selftests; returns (directory, names that print KTAP)."""
+        out = self.dir("selftests")
+        where = os.path.join(self.src, SELFTESTS)
+        if not os.path.exists(where + "/Makefile"):
+            raise Failure("the series brings no %s" % SELFTESTS)
+        self.make("headers", "headers", arch="x86_64", what="the uapi headers")
+        command = ["make", "-C", where, "OUTPUT=" + out] + self.tc.make + [
+            "KHDR_INCLUDES=-isystem %s/usr/include" % self.dir("headers")]
+        run(command, "build-selftests", env=self.tc.env, what="the build of the selftests")
+        names = output(*command, "-s", "--eval=series-print: ; @echo $(TEST_GEN_PROGS)", "series-print",
+                       env=self.tc.env).split()
+        return out, [os.path.basename(n) for n in names if os.path.basename(n) != DEMO]
+
+    def modules(self):
+        return glob.glob(self.dir("um") + "/drivers/gpu/dummy/*.ko")
+
+    def init(self):
+        """The static program that is PID 1."""
+        path = os.path.join(self.dir("init"), "init")
+        if not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(HERE + "/init.c"):
+            run([self.tc.cc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path + ".new",
+                 HERE + "/init.c"], "build-init", what="the build of init")
+            os.replace(path + ".new", path)
+        return path
+
+    def boot(self, program, args=(), out=None, err=None, timeout=BOOT_TIMEOUT, name="boot", extra=()):
+        """Boot the demo kernel with the modules and run a static program in it.
+
+        Its output goes to the given binary files as it comes. Returns its exit status, 128 plus
+        the signal that ended it. A kernel that does not get that far is a Failure: status 125, or
+        124 when it was the time that ran out."""
+        program = os.path.abspath(program)
+        if not os.access(program, os.X_OK):
+            raise Failure("%s is no program" % program, status=126)
+        log = logfile(name)
+        with scratch("root") as root:
+            for d in ("proc", "sys", "dev", "tmp", "host", "modules"):
+                os.mkdir(os.path.join(root, d))
+            shutil.copy(self.init(), root + "/init")
+            for module in self.modules():
+                shutil.copy(module, root + "/modules/")
+            write(root + "/argv", "".join(a + "\0" for a in
+                                          ["/host" + os.getcwd(), "/host" + program] + list(args)))
+            self._boot(root, log, out or sys.stdout.buffer, err or sys.stderr.buffer, timeout, extra)
+            try:
+                how, value = read(root + "/status").split(None, 1)
+            except (OSError, ValueError):
+                raise Failure("the kernel went down before %s ended" % os.path.basename(program), log, 125)
+        if how == "init":
+            raise Failure("before the program: " + value.strip(), log, 125)
+        return int(value) + (128 if how == "signal" else 0)
+
+    def _boot(self, root, log, out, err, timeout, extra):
+        pipes = [os.pipe(), os.pipe()]
+        command = [os.path.join(self.dir("um"), "linux"), "mem=2G", "root=none", "rootfstype=hostfs",
+                   "rootflags=" + root, "rw", "init=/init", "con0=null,fd:%d" % pipes[0][1],
+                   "con1=null,fd:%d" % pipes[1][1], "con=null", "console=ttyS0", "ssl0=null,fd:1",
+                   "ssl=null"] + list(SAFETY) + list(extra)
+
+        def forward(fd, to):
+            with open(fd, "rb", buffering=0) as f:
+                for data in iter(lambda: f.read(65536), b""):
+                    with contextlib.suppress(BrokenPipeError):
+                        to.write(data)
+                        to.flush()
+
+        with open(log, "wb") as f:
+            f.write((" ".join(command) + "\n").encode())
+            f.flush()
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, cwd=root,
+                                       env=self.tc.env, start_new_session=True,
+                                       pass_fds=(pipes[0][1], pipes[1][1]))
+        threads = [threading.Thread(target=forward, args=(p[0], to), daemon=True)
+                   for p, to in zip(pipes, (out, err))]
+        for _, w in pipes:
+            os.close(w)
+        for t in threads:
+            t.start()
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise Failure("the boot did not end within %s" % duration(timeout), log, 124)
+        finally:
+            kill_group(process)
+            for t in threads:
+                t.join(10)
+
+
+def flatten(group, prefix=None):
+    """The tests in kunit.py's JSON as [(suite.test, status)], and whether the output was broken."""
+    results = []
+
+    def walk(g, path):
+        for case in g["test_cases"]:
+            results.append((".".join(path + [case["name"] or "(crashed)"]), case["status"]))
+        for sub in g["sub_groups"]:
+            walk(sub, path + [sub["name"]])
+
+    walk(group, [prefix] if prefix else [])
+    return results, bool(group["misc"]["errors"]) or not results
