@@ -85,6 +85,47 @@ def step(text):
     say("%15s" % duration(time.monotonic() - start))
 
 
+class Tally:
+    """The tests of one run. Each has a name; a failed one says why at once."""
+
+    def __init__(self):
+        self.passed = self.failed = self.skipped = 0
+        self.skips = {}
+        for line in read(os.path.join(HERE, "skips")).splitlines():
+            name, _, reason = line.partition(" ")
+            if name and not name.startswith("#"):
+                self.skips[name] = reason.strip()
+
+    @contextlib.contextmanager
+    def test(self, name):
+        """One test, which is one step: it fails by raising Failure."""
+        try:
+            with step(name):
+                yield
+            self.passed += 1
+        except Failure as e:
+            self.failed += 1
+            say("    not ok: %s" % e)
+            show_log(e)
+
+    def add(self, name, status):
+        """One result of many, of a program or a kernel that ran them."""
+        if status == "PASS":
+            self.passed += 1
+        elif status == "SKIP" and name in self.skips:
+            self.skipped += 1
+            say("    skipped: %s (%s)" % (name, self.skips[name]))
+        else:
+            self.failed += 1
+            say("    not ok: %s%s" % (name, " was skipped, and tools/series/skips does not list it"
+                                      if status == "SKIP" else " " + status))
+
+    def finish(self):
+        """The last line of a run, and its exit status."""
+        say("%d passed, %d failed, %d skipped" % (self.passed, self.failed, self.skipped))
+        sys.exit(1 if self.failed or not self.passed else 0)
+
+
 def logfile(name):
     os.makedirs(LOGS, exist_ok=True)
     return os.path.join(LOGS, name + ".log")
@@ -96,7 +137,7 @@ def tail(log, lines=20):
         text = [l.rstrip() for l in read(log).splitlines() if l.strip()]
     except OSError:
         return []
-    bad = re.compile(r"\b(error|Error|fatal|undefined|panic|BUG|FAILED|not found|No such file)\b")
+    bad = re.compile(r"\b(error|Error|fatal|undefined|Kernel panic|BUG|WARNING|FAILED|not found|No such file)\b")
     first = next((i for i, l in enumerate(text) if bad.search(l) and "*** " not in l), None)
     if first is None or first > len(text) - lines:
         return text[-lines:]
@@ -167,10 +208,14 @@ def scratch(name):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def die(e):
-    say("\n%s: %s" % (os.path.basename(sys.argv[0]), e))
+def show_log(e):
     if isinstance(e, Failure) and e.log:
         for line in tail(e.log):
-            say("    " + line)
-        say("  the whole log: %s" % e.log)
+            say("      " + line)
+        say("    the whole log: %s" % e.log)
+
+
+def die(e):
+    say("\n%s: %s" % (os.path.basename(sys.argv[0]), e))
+    show_log(e)
     sys.exit(getattr(e, "status", 1))

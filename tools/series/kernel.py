@@ -117,7 +117,7 @@ class Kernels:
 
     # --- programs ------------------------------------------------------------------------------------
 
-    def programs(self):
+    def programs(self, *options):
         """Build what is in the series' selftests; returns (directory, names that print KTAP)."""
         out = self.dir("selftests")
         where = os.path.join(self.src, SELFTESTS)
@@ -126,7 +126,7 @@ class Kernels:
         self.make("headers", "headers", arch="x86_64", what="the uapi headers")
         command = ["make", "-C", where, "OUTPUT=" + out] + self.tc.make + [
             "KHDR_INCLUDES=-isystem %s/usr/include" % self.dir("headers")]
-        run(command, "build-selftests", env=self.tc.env, what="the build of the selftests")
+        run(command + list(options), "build-selftests", env=self.tc.env, what="the build of the selftests")
         names = output(*command, "-s", "--eval=series-print: ; @echo $(TEST_GEN_PROGS)", "series-print",
                        env=self.tc.env).split()
         return out, [os.path.basename(n) for n in names if os.path.basename(n) != DEMO]

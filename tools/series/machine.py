@@ -96,9 +96,15 @@ def tool(*names):
     return lambda: all(which(n) for n in names)
 
 
+def system_python(module):
+    """A module of the system's python3: what scripts/spdxcheck.py imports."""
+    return lambda: subprocess.run(["/usr/bin/python3", "-c", "import " + module], env=ENV, check=False,
+                                  stderr=subprocess.DEVNULL).returncode == 0
+
+
 def codespell():
     """checkpatch wants the dictionary, and only warns where there is none."""
-    return bool(glob.glob("/usr/share/codespell/dictionary.txt"))
+    return os.path.exists("/usr/share/codespell/dictionary.txt") or system_python("codespell_lib")()
 
 
 def newest_llvm_package():
@@ -120,6 +126,7 @@ PACKAGES = {
     ),
     "check": (
         ("quilt", tool("quilt")), ("codespell", codespell),
+        ("python3-ply", system_python("ply")), ("python3-git", system_python("git")),
     ),
     "tree": (
         ("git", tool("git")), ("xz-utils", tool("xz")),

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0
+"""`make check`: what can be said of the series without running it."""
+
+import glob
+import os
+import re
+import time
+
+import patches
+from common import ENV, HERE, Failure, git, git_ok, logfile, output, read, run, scratch
+
+
+class Changes:
+    """What the series touches: the files that it adds, and the lines that it changes in others."""
+
+    def __init__(self, repo, base, head):
+        self.added, self.lines = set(), {}
+        for line in git(repo, "diff", "--no-renames", "--name-status", base, head).splitlines():
+            status, path = line.split("\t", 1)
+            if status == "A":
+                self.added.add(path)
+            elif status == "M":
+                self.lines[path] = set()
+        path = None
+        for line in git(repo, "diff", "--no-renames", "--no-color", "--unified=0", base, head).splitlines():
+            if line.startswith("+++ "):
+                path = line[6:]
+            m = re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line)
+            if m and path in self.lines:
+                start, count = int(m.group(1)), int(m.group(2) or 1)
+                self.lines[path].update(range(start, start + count))
+
+    def files(self, *endings):
+        return sorted(f for f in self.added | set(self.lines) if f.endswith(endings))
+
+    def ours(self, path, line):
+        return path in self.added or line in self.lines.get(path, ())
+
+
+def findings(text, src, changes):
+    """The compiler's, clippy's and kernel-doc's warnings in lines of ours."""
+    found, what = [], ""
+    c_style = re.compile(r"^(?:Warning: )?(\S+?):(\d+)(?::\d+)?:? (warning|error|Warning|.*): ?(.*)")
+    for line in text.splitlines():
+        m = re.match(r"^(warning|error)(\[\w+\])?: (.*)", line)
+        if m:
+            what = m.group(0)
+        m = re.match(r"^\s*--> (\S+?):(\d+):\d+", line)
+        message = what
+        if not m:
+            m = c_style.match(line)
+            message = line
+        if not m or not re.search(r"warning|error", message, re.I):
+            continue
+        path = os.path.normpath(m.group(1))
+        path = os.path.relpath(path, src) if path.startswith(src + "/") else path
+        if changes.ours(path, int(m.group(2))):
+            found.append("%s:%s: %s" % (path, m.group(2), message))
+    return list(dict.fromkeys(found))
+
+
+def fail_if(problems, log=None):
+    if problems:
+        more = ["(and %d more)" % (len(problems) - 15)] if len(problems) > 15 else []
+        raise Failure("\n      ".join([""] + problems[:15] + more), log)
+
+
+def quilt(tree, files):
+    env = dict(ENV, QUILT_PATCHES=patches.PATCHES, QUILT_SERIES=patches.SERIES, QUILT_PC=".pc",
+               QUILTRC="/dev/null")
+    run(["quilt", "--quiltrc", "-", "push", "-a", "--fuzz=0"], "quilt", cwd=tree, env=env,
+        what="quilt push -a")
+    applied = output("quilt", "--quiltrc", "-", "applied", cwd=tree, env=env).split()
+    if [os.path.basename(p) for p in applied] != [os.path.basename(p) for p in files]:
+        raise Failure("quilt applied something else than the series", logfile("quilt"))
+    git(tree, "add", "-A", "-f", "--", ".", ":!.pc")
+    return git(tree, "write-tree")
+
+
+def quiltimport(tree, files):
+    run(["git", "-C", tree, "quiltimport", "--patches", patches.PATCHES, "--series", patches.SERIES],
+        "quiltimport", env=patches.am_env(files), what="git quiltimport")
+    return git(tree, "rev-parse", "HEAD^{tree}")
+
+
+def ignored_types():
+    lines = read(os.path.join(HERE, "checkpatch-ignore")).splitlines()
+    return [l.split()[0] for l in lines if l.strip() and not l.startswith("#")]
+
+
+def checkpatch(tree, patch):
+    name = "checkpatch-" + os.path.basename(patch)[:4]
+    # The system's python3 first: it is the one that has the modules of spdxcheck and codespell.
+    env = dict(ENV, PATH="/usr/bin:" + ENV["PATH"])
+    status = run(["perl", "scripts/checkpatch.pl", "--strict", "--codespell", "--no-signoff", "--show-types",
+                  "--no-summary"] + ["--ignore=" + t for t in ignored_types()] + [patch],
+                 name, cwd=tree, env=env, check=False, timeout=300)
+    text = read(logfile(name))
+    if "typos will be found" in text:
+        raise Failure("checkpatch found no dictionary", logfile(name))
+    if status or re.search(r"^(ERROR|WARNING|CHECK):", text, re.M):
+        raise Failure("checkpatch is not content", logfile(name))
+
+
+def rustfmt(src, changes):
+    files = changes.files(".rs")
+    if files:
+        run(["rustfmt", "--check", "--edition", "2021", "--config-path", os.path.join(src, ".rustfmt.toml")] +
+            files, "rustfmt", cwd=src, what="rustfmt --check")
+
+
+def spdx(src, changes):
+    files = sorted(f for f in changes.added if os.path.exists(os.path.join(src, f)))
+    run(["/usr/bin/python3", "scripts/spdxcheck.py"] + files, "spdxcheck", cwd=src, what="spdxcheck.py")
+    missing = [f for f in files if "SPDX-License-Identifier:" not in read(os.path.join(src, f))[:400]
+               and os.path.basename(f) not in (".gitignore", ".kunitconfig", "config")]
+    fail_if(["%s: no SPDX-License-Identifier" % f for f in missing])
+
+
+def kernel_doc(src, changes):
+    log = logfile("kernel-doc")
+    for f in changes.files(".c", ".h"):
+        run(["scripts/kernel-doc", "-none", "-Wall", f], "kernel-doc", cwd=src, check=False,
+            env=dict(ENV, PYTHONDONTWRITEBYTECODE="1"), timeout=300)
+    text = read(log) if os.path.exists(log) else ""
+    problems = findings(text, src, changes)
+    if "Traceback" in text:
+        problems.append("scripts/kernel-doc itself failed")
+    for rst in changes.files(".rst"):
+        body = read(os.path.join(src, rst))
+        for used in re.findall(r"^\.\. kernel-doc:: (\S+)", body, re.M):
+            if not os.path.exists(os.path.join(src, used)):
+                problems.append("%s: kernel-doc of %s, which is not there" % (rst, used))
+        index = os.path.join(src, os.path.dirname(rst), "index.rst")
+        name = os.path.basename(rst)[:-4]
+        if rst in changes.added and name != "index" and not (
+                os.path.exists(index) and re.search(r"^\s+(\S*/)?%s$" % re.escape(name), read(index), re.M)):
+            problems.append("%s: no index.rst leads to it" % rst)
+        for used in re.findall(r"\bDocumentation/[\w/.-]+\.rst", body):
+            if not os.path.exists(os.path.join(src, used)):
+                problems.append("%s: names %s, which is not there" % (rst, used))
+    fail_if(problems, log if problems else None)
+
+
+class Lint:
+    """One build with clippy and W=1, of what the series touches only."""
+
+    def __init__(self, kernels, changes):
+        self.k, self.changes = kernels, changes
+        self.log = logfile("build-lint")
+
+    def build(self):
+        """Everything of ours is compiled anew, or its warnings would not be seen again."""
+        k, out = self.k, self.k.dir("lint")
+        k.configure("lint", k.kunitconfig(), HERE + "/um.config")
+        c_files = [f for f in self.changes.files(".c") if not f.startswith(("rust/", "tools/", "scripts/"))]
+        rust = [f for f in self.changes.files(".rs") if not f.startswith(("tools/", "scripts/"))]
+        targets = {f[:-2] + ".o" for f in c_files}
+        stale = [f[:-2] + ".o" for f in c_files] + glob.glob("rust/helpers/helpers.o", root_dir=out)
+        for f in rust:
+            if f.startswith("mm/hmm/"):
+                stale.append("rust/hmm.o")
+            elif f.startswith("rust/kernel/"):
+                stale += ["rust/kernel.o"]
+            elif not f.startswith("rust/"):
+                targets.add(os.path.dirname(f) + "/")
+                stale += glob.glob(os.path.dirname(f) + "/*.o", root_dir=out)
+        for f in stale:
+            if os.path.exists(os.path.join(out, f)):
+                os.unlink(os.path.join(out, f))
+        start = time.time() - 1
+        if os.path.exists(self.log):
+            os.unlink(self.log)
+        k.make("lint", "CLIPPY=1", "W=1", "prepare", what="the build with clippy and W=1")
+        if targets:
+            k.make("lint", "CLIPPY=1", "W=1", *sorted(targets), what="the build with clippy and W=1")
+        self.unseen(out, start, [f for f in self.changes.files(".c", ".rs")
+                                 if not f.startswith(("tools/", "scripts/", "rust/bindings/"))])
+
+    def unseen(self, out, start, files):
+        """A file that was not compiled was not checked."""
+        seen = ""
+        for directory, dirs, names in os.walk(out):
+            for name in names:
+                path = os.path.join(directory, name)
+                if name.endswith(".cmd") and os.path.getmtime(path) >= start:
+                    seen += read(path)
+        fail_if(["%s: not compiled with this configuration, so not checked" % f for f in files
+                 if "/" + f not in seen])
+
+    def warnings(self, rust):
+        found = findings(read(self.log), self.k.src, self.changes)
+        fail_if([f for f in found if f.split(":")[0].endswith(".rs") == rust])
+
+
+def selftest_warnings(kernels, changes):
+    """The programs, compiled anew with the warnings that a reviewer would turn on."""
+    out = kernels.dir("selftests")
+    for f in glob.glob(out + "/*"):
+        if os.path.isfile(f):
+            os.unlink(f)
+    log = logfile("build-selftests")
+    if os.path.exists(log):
+        os.unlink(log)
+    kernels.programs("USERCFLAGS=-Wall -Wextra")
+    fail_if(findings(read(log), kernels.src, changes))
+
+
+def all_checks(tally, base, head, kernels, worktree):
+    """Every check, as one test each."""
+    repo, files = base.repo, patches.patch_files()
+    src = kernels.src
+    with tally.test("series: names patches/*.patch in their order"):
+        have = sorted(glob.glob(patches.PATCHES + "/*.patch"))
+        fail_if([] if files == have else sorted(
+            os.path.basename(p) for p in set(files) ^ set(have)) or ["the order differs"])
+    with tally.test("series: git am"):
+        tree = worktree(base, "apply", "base")
+        patches.git_am(tree, files)
+        if git(tree, "rev-parse", "HEAD^{tree}") != git(repo, "rev-parse", head + "^{tree}"):
+            raise Failure("git am gives another tree than the last time")
+    for name, how in (("quilt push -a", quilt), ("git quiltimport", quiltimport)):
+        with tally.test("series: %s gives the same tree" % name):
+            tree = worktree(base, "apply", "base")
+            made = how(tree, files)
+            if made != git(repo, "rev-parse", head + "^{tree}"):
+                raise Failure("another tree than git am's:\n      " + git(
+                    repo, "diff", "--stat", head, made).replace("\n", "\n      "))
+    with tally.test("export: files and MAINTAINERS.fragment are the patches'"):
+        want = patches.exports(repo, base.commit, head)
+        have = patches.on_disk(patches=False)
+        fail_if(patches.differences(want, have) + (
+            [] if not patches.differences(want, have) else ["`make tree && make refresh` makes them anew"]))
+    with tally.test("mails: size, trailers, ASCII, white space"):
+        problems = []
+        for path in files + glob.glob(patches.PATCHES + "/*.txt"):
+            with open(path, "rb") as f:
+                problems += patches.mail_problems(os.path.basename(path), f.read())
+        if not git_ok(repo, "diff", "--check", base.commit, head):
+            problems += git(repo, "diff", "--check", base.commit, head, check=False).splitlines()
+        fail_if(problems)
+    commits = git(repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
+    for commit, path in zip(commits, files):
+        with tally.test("checkpatch: " + os.path.basename(path)[:45]):
+            checkpatch(worktree(base, "apply", commit), path)
+    changes = Changes(repo, base.commit, head)
+    with tally.test("rustfmt"):
+        rustfmt(src, changes)
+    with tally.test("SPDX"):
+        spdx(src, changes)
+    with tally.test("kernel-doc and what Documentation refers to"):
+        kernel_doc(src, changes)
+    lint, built = Lint(kernels, changes), False
+    with tally.test("lint: all of ours compiles with clippy and W=1"):
+        lint.build()
+        built = True
+    for name, rust in (("clippy", True), ("W=1", False)):
+        with tally.test("lint: no warning of %s in lines of ours" % name):
+            if not built:
+                raise Failure("there was no complete build")
+            lint.warnings(rust)
+    if os.path.exists(os.path.join(src, "tools/testing/selftests/hmm/Makefile")):
+        with tally.test("lint: no warning in the selftests"):
+            selftest_warnings(kernels, changes)
