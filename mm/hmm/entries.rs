@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The entry store of a region: what the device may see at each page.
+//!
+//! Lives under the region's lock. It holds no page references: an entry is good for as long as the
+//! lock is held, since the notifier erases it before mm lets the page go. Nothing here allocates
+//! under the lock; a leaf is brought along by whoever installs entries.
+
+use super::{
+    pfn::{
+        Access,
+        Pfn, //
+    },
+    range::PageRange,
+};
+use kernel::{
+    bindings,
+    page::{
+        PAGE_MASK,
+        PAGE_SIZE, //
+    },
+    prelude::*, //
+};
+
+/// The number of pages of a leaf is `2^LEAF_ORDER`: a leaf takes a page, and its pages are 2 MiB
+/// where pages have 4 KiB.
+pub(crate) const LEAF_ORDER: u32 = (PAGE_SIZE / size_of::<Pfn>()).ilog2();
+
+const LEAF_PAGES: usize = 1 << LEAF_ORDER;
+const LEAF_BYTES: usize = PAGE_SIZE << LEAF_ORDER;
+
+/// The entries of an aligned block of [`LEAF_PAGES`] pages.
+pub(crate) struct Leaf([Pfn; LEAF_PAGES]);
+
+impl Leaf {
+    pub(crate) fn new() -> Result<KBox<Self>> {
+        Ok(KBox::new(Self([Pfn::NONE; LEAF_PAGES]), GFP_KERNEL)?)
+    }
+}
+
+/// The entries of a region.
+///
+/// # Invariants
+///
+/// Every entry of a leaf was reported by `hmm_range_fault()`, and was not invalidated since.
+pub(crate) struct Entries {
+    range: PageRange,
+    leaves: KVec<Option<KBox<Leaf>>>,
+}
+
+impl Entries {
+    /// Creates an empty store. `range` is a multiple of a leaf.
+    pub(crate) fn new(range: PageRange) -> Result<Self> {
+        let leaves = range.len() / LEAF_BYTES;
+        let mut this = Self {
+            range,
+            leaves: KVec::with_capacity(leaves, GFP_KERNEL)?,
+        };
+        for _ in 0..leaves {
+            this.leaves.push(None, GFP_KERNEL)?;
+        }
+        Ok(this)
+    }
+
+    /// The position of `va`: its leaf, and the page in it.
+    fn position(&self, va: usize) -> Option<(usize, usize)> {
+        let page = self.range.index_of(va)?;
+        Some((page / LEAF_PAGES, page % LEAF_PAGES))
+    }
+
+    fn get(&self, va: usize) -> Pfn {
+        let Some((leaf, page)) = self.position(va) else {
+            return Pfn::NONE;
+        };
+        match self.leaves.get(leaf) {
+            Some(Some(leaf)) => leaf.0[page],
+            _ => Pfn::NONE,
+        }
+    }
+
+    /// Replaces the entries of `range`, which lies in one leaf; `pfns` has one element a page.
+    ///
+    /// Takes `spare` if that leaf does not exist yet.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`] if the leaf does not exist and there is no spare one, [`EINVAL`] if `range` is
+    /// not of this region or reaches past its leaf. Nothing is changed then.
+    ///
+    /// # Safety
+    ///
+    /// `hmm_range_fault()` reported `pfns` for `range`, and no invalidation collided with it since:
+    /// the region's lock is held for write and `mmu_interval_read_retry()` returned false under it.
+    pub(crate) unsafe fn install(
+        &mut self,
+        range: PageRange,
+        pfns: impl Iterator<Item = Pfn>,
+        spare: &mut Option<KBox<Leaf>>,
+    ) -> Result {
+        let (leaf, page) = self.position(range.start()).ok_or(EINVAL)?;
+        let leaf = self.leaves.get_mut(leaf).ok_or(EINVAL)?;
+        if leaf.is_none() {
+            *leaf = spare.take();
+        }
+        let leaf = leaf.as_mut().ok_or(ENOMEM)?;
+        let slots = leaf.0.get_mut(page..page + range.pages()).ok_or(EINVAL)?;
+        for (slot, pfn) in slots.iter_mut().zip(pfns) {
+            // INVARIANT: By the safety requirements.
+            *slot = pfn;
+        }
+        Ok(())
+    }
+
+    /// Forgets the entries of `range`.
+    pub(crate) fn erase(&mut self, range: PageRange) {
+        let mut va = range.start();
+        while va < range.end() {
+            let Some((leaf, page)) = self.position(va) else {
+                return;
+            };
+            let pages = (LEAF_PAGES - page).min((range.end() - va) / PAGE_SIZE);
+            if let Some(slot) = self.leaves.get_mut(leaf) {
+                if pages == LEAF_PAGES {
+                    *slot = None;
+                } else if let Some(leaf) = slot {
+                    leaf.0[page..page + pages].fill(Pfn::NONE);
+                }
+            }
+            va += pages * PAGE_SIZE;
+        }
+    }
+
+    /// Copies from the page of `va` to `buf`, which does not reach past that page.
+    ///
+    /// Returns `false`, and copies nothing, if there is no entry to read.
+    #[must_use]
+    pub(crate) fn read(&self, va: usize, buf: &mut [u8]) -> bool {
+        let Some(page) = self.page(va, buf.len(), Access::Read) else {
+            return false;
+        };
+        // SAFETY:
+        // - `page()` checked that the bytes lie in one page, and that the page may be read: it is
+        //   mapped by the process and stays so while the lock is held, since the notifier takes the
+        //   lock for write before mm unmaps it.
+        // - `buf` is valid for writes of its length.
+        // - The process and other devices may write the page meanwhile. C copies the bytes, and
+        //   they are only bytes: whatever is torn is torn by the program's own race.
+        unsafe {
+            bindings::memcpy_from_page(buf.as_mut_ptr().cast(), page, va & !PAGE_MASK, buf.len())
+        };
+        true
+    }
+
+    /// Copies `buf` to the page of `va`, past which it does not reach.
+    ///
+    /// Returns `false`, and copies nothing, if there is no entry to write.
+    #[must_use]
+    pub(crate) fn write(&self, va: usize, buf: &[u8]) -> bool {
+        let Some(page) = self.page(va, buf.len(), Access::Write) else {
+            return false;
+        };
+        // SAFETY: As in `read()`, with `Access::Write`; `buf` is valid for reads of its length.
+        unsafe { bindings::memcpy_to_page(page, va & !PAGE_MASK, buf.as_ptr().cast(), buf.len()) };
+        // A writable PTE may be clean (a page read from swap, say): without this, reclaim would
+        // drop what the device wrote. The page cannot be truncated while the lock is held, so the
+        // page lock is not needed, as under a page table's lock.
+        //
+        // SAFETY: The page is valid, as above.
+        unsafe { bindings::set_page_dirty(page) };
+        true
+    }
+
+    /// The page at `va`, if `len` bytes from there lie in it and there is an entry for `access`.
+    fn page(&self, va: usize, len: usize, access: Access) -> Option<*mut bindings::page> {
+        let pfn = self.get(va);
+        if (va & !PAGE_MASK) + len > PAGE_SIZE || !pfn.allows(access) {
+            return None;
+        }
+        // SAFETY: By the type invariants, the entry was reported by `hmm_range_fault()`, with
+        // HMM_PFN_VALID since access is allowed.
+        Some(unsafe { bindings::hmm_pfn_to_page(pfn.present()?) })
+    }
+}

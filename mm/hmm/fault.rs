@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Faults on behalf of the device: the collision-retry loop.
+//!
+//! `hmm_range_fault()` reports what the process's page tables say of a window of pages, and makes
+//! mm fault those that the device needs. Its report is worth something only while no invalidation
+//! has collided with it: a [`Commit`] is the proof, under the region's lock.
+//!
+//! C header: [`include/linux/hmm.h`](srctree/include/linux/hmm.h)
+
+use super::{
+    entries::{
+        Leaf,
+        LEAF_ORDER, //
+    },
+    mirror::{
+        Mirror,
+        Region, //
+    },
+    pfn::{
+        request,
+        Access,
+        Pfn,
+        State, //
+    },
+    range::PageRange,
+};
+use core::marker::PhantomData;
+use kernel::{
+    bindings,
+    error::to_result,
+    mm::MmWithUser,
+    page::PAGE_SIZE,
+    prelude::*,
+    time::{
+        msecs_to_jiffies,
+        Delta,
+        Instant,
+        Monotonic, //
+    },
+};
+
+/// A request to fault pages for the device.
+#[derive(Copy, Clone, Debug)]
+pub struct FaultRequest {
+    need: PageRange,
+    access: Access,
+    timeout_ms: u32,
+}
+
+impl FaultRequest {
+    /// Asks for `access` to the pages of `need`.
+    ///
+    /// One call serves one window: the pages of `need` from its start to the end of the aligned
+    /// block that a [`FaultBuf`] spans, and no further than the VMA and the region go.
+    /// [`Commit::needed`] tells what was served.
+    #[inline]
+    pub fn new(need: PageRange, access: Access) -> Self {
+        Self {
+            need,
+            access,
+            timeout_ms: bindings::HMM_RANGE_DEFAULT_TIMEOUT,
+        }
+    }
+
+    /// Bounds the time for retries, in milliseconds, instead of `HMM_RANGE_DEFAULT_TIMEOUT`.
+    ///
+    /// Neither a fault handler (it may wait for a disk, or for a userfaultfd) nor an invalidation
+    /// that runs is cut short by it. A fatal signal ends the former.
+    #[inline]
+    pub fn timeout_ms(self, timeout_ms: u32) -> Self {
+        Self { timeout_ms, ..self }
+    }
+}
+
+/// The array that `hmm_range_fault()` reads its input from and writes its output to.
+///
+/// It belongs to the core: what one attempt left in it is never the input of the next.
+pub struct FaultBuf {
+    order: u32,
+    pfns: KVec<usize>,
+    /// The leaf to install entries in, should the region have none yet.
+    spare: Option<KBox<Leaf>>,
+    retries: u32,
+}
+
+impl FaultBuf {
+    /// The largest window, as an order of pages: 2 MiB where pages have 4 KiB.
+    pub const MAX_ORDER: u32 = LEAF_ORDER;
+
+    /// Makes a buffer for windows of up to `2^order` pages, naturally aligned.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if `order` is above [`FaultBuf::MAX_ORDER`], [`ENOMEM`].
+    #[inline]
+    pub fn new(order: u32) -> Result<Self> {
+        if order > Self::MAX_ORDER {
+            return Err(EINVAL);
+        }
+        Ok(Self {
+            order,
+            pfns: KVec::from_elem(0, 1 << order, GFP_KERNEL)?,
+            spare: None,
+            retries: 0,
+        })
+    }
+
+    /// How often the last fault had to start again because an invalidation collided with it.
+    #[inline]
+    pub fn retries(&self) -> u32 {
+        self.retries
+    }
+
+    /// Fills the buffer with what is known of `range`, after a fault for `access` to all of it, if
+    /// any. Returns the sequence.
+    ///
+    /// # Errors
+    ///
+    /// Those of `hmm_range_fault_unlocked_timeout()`.
+    fn fill(
+        &mut self,
+        region: &Region,
+        range: PageRange,
+        access: Option<Access>,
+        timeout_ms: u32,
+    ) -> Result<usize> {
+        let pfns = self.pfns.get_mut(..range.pages()).ok_or(EINVAL)?;
+        pfns.fill(0);
+        // The C loop starts again with its own output as the input, where HMM_PFN_VALID and
+        // HMM_PFN_WRITE would ask for a fault: the mask makes it look at the default flags only.
+        let mut range = bindings::hmm_range {
+            notifier: region.notifier(),
+            notifier_seq: 0,
+            start: range.start(),
+            end: range.end(),
+            hmm_pfns: pfns.as_mut_ptr(),
+            default_flags: request(access),
+            pfn_flags_mask: 0,
+            dev_private_owner: core::ptr::null_mut(),
+        };
+        // SAFETY: The notifier is inserted and spans the range, by the invariants of `Region` and
+        // `Window`; its mm has users, since the caller runs on it, and mmap_lock is not held, since
+        // no guard of it outlives `Window::new`. `hmm_pfns` has an element for each page.
+        to_result(unsafe {
+            bindings::hmm_range_fault_unlocked_timeout(
+                &mut range,
+                msecs_to_jiffies(timeout_ms).max(1),
+            )
+        })?;
+        Ok(range.notifier_seq)
+    }
+}
+
+/// Proof that what was reported of a window still holds.
+///
+/// It exists only while the region's lock is held for write and no invalidation has collided. The
+/// entries are in the core's store already; what remains is the driver's own translations.
+pub struct Commit<'c> {
+    window: PageRange,
+    needed: PageRange,
+    pfns: &'c [usize],
+}
+
+/// What the device may see at a page.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Entry<'c> {
+    /// Nothing; a fault may bring it.
+    Hole,
+    /// Nothing, and a fault would fail: no VMA, no read permission, poison.
+    Error,
+    /// A page of RAM.
+    Ram(Ram<'c>),
+}
+
+/// A page of RAM, by what the device may do with it.
+#[derive(Debug)]
+pub enum Ram<'c> {
+    /// Read it.
+    Read(ReadPage<'c>),
+    /// Read and write it.
+    Write(WritePage<'c>),
+}
+
+/// Proof that the page at [`ReadPage::va`] may be mapped read-only for the device.
+#[derive(Debug)]
+pub struct ReadPage<'c> {
+    va: usize,
+    _commit: PhantomData<&'c ()>,
+}
+
+/// Proof that the page at [`WritePage::va`] may be mapped for the device to write.
+#[derive(Debug)]
+pub struct WritePage<'c> {
+    va: usize,
+    _commit: PhantomData<&'c ()>,
+}
+
+impl ReadPage<'_> {
+    /// The address of the page.
+    #[inline]
+    pub fn va(&self) -> usize {
+        self.va
+    }
+}
+
+impl WritePage<'_> {
+    /// The address of the page.
+    #[inline]
+    pub fn va(&self) -> usize {
+        self.va
+    }
+}
+
+impl<'c> Commit<'c> {
+    /// The window.
+    #[inline]
+    pub fn range(&self) -> PageRange {
+        self.window
+    }
+
+    /// The pages that were asked for and are there now, with the access that was asked for.
+    #[inline]
+    pub fn needed(&self) -> PageRange {
+        self.needed
+    }
+
+    /// The entry of each page of the window, with the page's address.
+    #[inline]
+    pub fn entries(&self) -> impl Iterator<Item = (usize, Entry<'_>)> {
+        self.window
+            .page_addrs()
+            .zip(self.pfns)
+            .map(|(va, &raw)| (va, Entry::new(va, Pfn::from_output(raw))))
+    }
+}
+
+impl Entry<'_> {
+    #[inline]
+    fn new(va: usize, pfn: Pfn) -> Self {
+        let _commit = PhantomData;
+        match pfn.state() {
+            State::Hole => Self::Hole,
+            State::Error => Self::Error,
+            State::Present(Access::Read) => Self::Ram(Ram::Read(ReadPage { va, _commit })),
+            State::Present(Access::Write) => Self::Ram(Ram::Write(WritePage { va, _commit })),
+        }
+    }
+}
+
+/// The part of a request that one attempt is for.
+///
+/// # Invariants
+///
+/// `window` lies in one region and one leaf, has no more pages than the buffer, and contains
+/// `needed`.
+#[derive(Copy, Clone)]
+pub(crate) struct Window {
+    window: PageRange,
+    needed: PageRange,
+    access: Access,
+}
+
+impl Window {
+    /// Clips the request to a window of `2^order` pages, the region and the VMA.
+    ///
+    /// The VMA may change before the fault; then the fault finds out. It is looked at so that a
+    /// hole after the VMA does not make the whole window fail each time.
+    pub(crate) fn new(
+        mm: &MmWithUser,
+        region: &Region,
+        req: &FaultRequest,
+        order: u32,
+    ) -> Result<Self> {
+        let start = req.need.start();
+        let vma = {
+            let guard = mm.mmap_read_lock_killable()?;
+            let vma = guard.vma_lookup(start).ok_or(EFAULT)?;
+            PageRange::new(vma.start(), vma.end())?
+        };
+        // INVARIANT: An aligned block of at most a leaf's order lies in one leaf; the intersections
+        // only shrink it. All contain `start`.
+        let window = PageRange::aligned_block(start, order)?
+            .intersect(&region.range())
+            .and_then(|window| window.intersect(&vma))
+            .ok_or(EFAULT)?;
+        Ok(Self {
+            window,
+            needed: window.intersect(&req.need).ok_or(EFAULT)?,
+            access: req.access,
+        })
+    }
+
+    /// The same, for the first page that is needed only. `None` if it is that already.
+    fn narrow(&self) -> Option<Self> {
+        let page = PageRange::from_len(self.needed.start(), PAGE_SIZE).ok()?;
+        // INVARIANT: The page is one of the window's.
+        (self.window != page).then_some(Self {
+            window: page,
+            needed: page,
+            ..*self
+        })
+    }
+}
+
+/// A report of `hmm_range_fault()` that may be stale by now.
+pub(crate) struct Snapshot<'b> {
+    window: Window,
+    seq: usize,
+    buf: &'b mut FaultBuf,
+}
+
+impl<'b> Snapshot<'b> {
+    /// Faults what is needed and reports the window.
+    ///
+    /// # Errors
+    ///
+    /// Those of `hmm_range_fault_unlocked_timeout()`, and [`ENOMEM`].
+    pub(crate) fn take(
+        region: &Region,
+        window: Window,
+        buf: &'b mut FaultBuf,
+        timeout_ms: u32,
+    ) -> Result<Self> {
+        if buf.spare.is_none() {
+            buf.spare = Some(Leaf::new()?);
+        }
+
+        // What is needed comes first and alone: asked for one page of a range that has no page
+        // table yet, mm faults the range. The rest of the window is then only looked at.
+        let mut seq = buf.fill(region, window.needed, Some(window.access), timeout_ms)?;
+        if window.window != window.needed {
+            seq = buf.fill(region, window.window, None, timeout_ms)?;
+        }
+        Ok(Self { window, seq, buf })
+    }
+
+    /// Makes the report the region's entries and calls `f`, unless it is stale.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] if a fatal signal ends the wait for the lock.
+    pub(crate) fn commit(self, region: &Region, f: &mut dyn FnMut(&Commit<'_>)) -> Result<bool> {
+        let Self { window, seq, buf } = self;
+        let pfns = buf.pfns.get(..window.window.pages()).ok_or(EINVAL)?;
+
+        let mut entries = region.entries().write_killable()?;
+        if region.read_retry(seq, &entries) {
+            return Ok(false);
+        }
+        // What was needed may have gone before the window was looked at.
+        let lost = |(va, &raw): (usize, &usize)| {
+            window.needed.contains(va) && !Pfn::from_output(raw).allows(window.access)
+        };
+        if window.window.page_addrs().zip(pfns).any(lost) {
+            return Ok(false);
+        }
+        // SAFETY: `Snapshot::take` got the array from `hmm_range_fault()` for this window; the lock
+        // is held for write, and the sequence was checked under it.
+        unsafe {
+            entries.install(
+                window.window,
+                pfns.iter().map(|&raw| Pfn::from_output(raw)),
+                &mut buf.spare,
+            )
+        }?;
+        f(&Commit {
+            window: window.window,
+            needed: window.needed,
+            pfns,
+        });
+        Ok(true)
+    }
+}
+
+impl Mirror {
+    /// Faults pages for the device and calls `f` with the proof, once; returns what it returns.
+    ///
+    /// The pages around those of the request that lie in the same window are reported as they are,
+    /// without a fault. If the window cannot be had, its first needed page alone is tried.
+    ///
+    /// # Context
+    ///
+    /// A task of the mirrored process, which holds no lock. Waits for what the fault handlers wait
+    /// for, killably. `f` runs with the region's lock held: it may not sleep, nor call the mirror.
+    ///
+    /// # Errors
+    ///
+    /// - [`EPERM`] if the current task's address space is another, or for a write to memory that
+    ///   the process may not write.
+    /// - [`EFAULT`] if there is no memory that the process may read.
+    /// - [`EINTR`] if the task received a fatal signal.
+    /// - [`EBUSY`] if invalidations kept colliding until the time for retries was over.
+    /// - [`ENOMEM`] if memory for the page, or for the region, is not to be had.
+    #[inline]
+    pub fn fault<R>(
+        &self,
+        req: FaultRequest,
+        buf: &mut FaultBuf,
+        f: impl FnOnce(&Commit<'_>) -> R,
+    ) -> Result<R> {
+        let mut f = Some(f);
+        let mut result = None;
+        mirror_fault(self, &req, buf, &mut |commit| {
+            result = f.take().map(|f| f(commit));
+        })?;
+        // `mirror_fault` succeeds only after it has called the closure.
+        result.ok_or(EIO)
+    }
+
+    pub(crate) fn fault_with(
+        &self,
+        req: &FaultRequest,
+        buf: &mut FaultBuf,
+        f: &mut dyn FnMut(&Commit<'_>),
+        before_commit: &mut dyn FnMut(),
+    ) -> Result {
+        let current = kernel::current!();
+        let mm = self.current_mm(current.mm())?;
+        if req.need.start() >= self.task_size() {
+            return Err(EFAULT);
+        }
+        let region = self.region_or_insert(mm, req.need.start())?;
+        let mut window = Window::new(mm, &region, req, buf.order)?;
+
+        buf.retries = 0;
+        // Started by the first collision: what fault handlers took before it does not count.
+        let mut begin = None;
+        let timeout = Delta::from_millis(req.timeout_ms.into());
+        loop {
+            match Snapshot::take(&region, window, buf, req.timeout_ms) {
+                Ok(snapshot) => {
+                    before_commit();
+                    if snapshot.commit(&region, f)? {
+                        return Ok(());
+                    }
+                }
+                Err(err) => match window.narrow() {
+                    Some(page) if err == EFAULT || err == EPERM => {
+                        window = page;
+                        continue;
+                    }
+                    _ => return Err(err),
+                },
+            }
+            buf.retries += 1;
+            let begin = begin.get_or_insert_with(Instant::<Monotonic>::now);
+            if begin.elapsed() > timeout {
+                return Err(EBUSY);
+            }
+        }
+    }
+}
+
+#[inline(never)]
+#[export_name = "hmm_mirror_fault"]
+fn mirror_fault(
+    mirror: &Mirror,
+    req: &FaultRequest,
+    buf: &mut FaultBuf,
+    f: &mut dyn FnMut(&Commit<'_>),
+) -> Result {
+    mirror.fault_with(req, buf, f, &mut || ())
+}

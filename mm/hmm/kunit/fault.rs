@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `fault.rs`.
+
+use super::{
+    super::{
+        fault::{
+            Commit,
+            Entry,
+            FaultBuf,
+            FaultRequest,
+            Ram, //
+        },
+        mirror::{
+            Mirror,
+            REGION_ORDER, //
+        },
+        pfn::Access,
+        range::PageRange,
+    },
+    Recorder, //
+};
+use kernel::{
+    kunit::user_mm::{
+        with_user_mm,
+        Prot,
+        UserMm, //
+    },
+    page::PAGE_SIZE,
+    prelude::*,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+/// Faults `range` for `access`; the entries of the window as letters: `r`ead, `w`rite, `h`ole,
+/// `e`rror.
+fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> {
+    let mut buf = FaultBuf::new(3)?;
+    let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
+    mirror.fault(FaultRequest::new(range, access), &mut buf, |commit| {
+        for (_, entry) in commit.entries() {
+            let letter = match entry {
+                Entry::Hole => b'h',
+                Entry::Error => b'e',
+                Entry::Ram(Ram::Read(_)) => b'r',
+                Entry::Ram(Ram::Write(_)) => b'w',
+            };
+            let _ = letters.push_within_capacity(letter);
+        }
+    })?;
+    Ok(letters)
+}
+
+/// Drops what is mapped at `range`; the mapping stays.
+fn zap(mm: &UserMm, range: PageRange) {
+    let guard = mm.mm().mmap_read_lock();
+    let vma = guard.vma_lookup(range.start());
+    assert!(vma.is_some());
+    if let Some(vma) = vma {
+        vma.zap_vma_range(range.start(), range.len());
+    }
+}
+
+/// Maps 8 pages, aligned to a window of 8.
+fn map_window(mm: &UserMm, prot: Prot) -> Result<PageRange> {
+    let len = 8 * PAGE_SIZE;
+    let addr = mm.mmap_anonymous(2 * len, prot)?.next_multiple_of(len);
+    PageRange::from_len(addr, len)
+}
+
+fn page(range: PageRange, index: usize) -> Result<PageRange> {
+    PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
+}
+
+fn user_write(va: usize, byte: u8) -> Result {
+    UserSlice::new(UserPtr::from_addr(va), 1)
+        .writer()
+        .write(&byte)
+}
+
+fn user_read(va: usize) -> Result<u8> {
+    UserSlice::new(UserPtr::from_addr(va), 1).reader().read()
+}
+
+#[kunit_tests(hmm_fault)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_larger_than_a_leaf_is_einval() {
+        assert_eq!(FaultBuf::new(FaultBuf::MAX_ORDER + 1).err(), Some(EINVAL));
+        assert!(FaultBuf::new(FaultBuf::MAX_ORDER).is_ok());
+    }
+
+    #[test]
+    fn only_the_pages_needed_are_faulted() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let letters = fault(&mirror, page(window, 3)?, Access::Write)?;
+            assert_eq!(&letters[..], b"hhhwhhhh");
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_is_there_already_is_reported_as_it_is() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            user_write(page(window, 1)?.start(), 1)?;
+            // The zero page.
+            user_read(page(window, 2)?.start())?;
+            let letters = fault(&mirror, page(window, 0)?, Access::Read)?;
+            assert_eq!(&letters[..], b"rwrhhhhh");
+            let mut byte = [0];
+            assert!(mirror.read(page(window, 1)?.start(), &mut byte).is_ok());
+            assert_eq!(byte[0], 1);
+            assert!(mirror.write(page(window, 2)?.start(), &byte).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn device_and_process_see_the_same_anonymous_memory() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let va = window.start();
+            let mirror = Mirror::new(Recorder::new()?)?;
+            fault(&mirror, window, Access::Read)?;
+            assert!(mirror.write(va, &[1]).is_err());
+            fault(&mirror, window, Access::Write)?;
+            assert!(mirror.write(va, &[2]).is_ok());
+            assert_eq!(user_read(va)?, 2);
+            user_write(va, 3)?;
+            let mut byte = [0];
+            assert!(mirror.read(va, &mut byte).is_ok());
+            assert_eq!(byte[0], 3);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn device_and_process_see_the_same_file_memory() -> Result {
+        with_user_mm(|mm| {
+            for shared in [true, false] {
+                let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, shared)?;
+                let range = PageRange::from_len(va, PAGE_SIZE)?;
+                user_write(va, 1)?;
+                let mirror = Mirror::new(Recorder::new()?)?;
+                fault(&mirror, range, Access::Write)?;
+                assert!(mirror.write(va, &[2]).is_ok());
+                assert_eq!(user_read(va)?, 2);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_private_file_page_is_copied_before_the_device_writes() -> Result {
+        with_user_mm(|mm| {
+            let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, false)?;
+            let range = PageRange::from_len(va, PAGE_SIZE)?;
+            let ops = Recorder::new()?;
+            let mirror = Mirror::new(ops.clone())?;
+            assert_eq!(&fault(&mirror, range, Access::Read)?[..], b"r");
+            assert!(mirror.write(va, &[1]).is_err());
+            // The copy replaces the page: the entry of the old one must go.
+            assert_eq!(&fault(&mirror, range, Access::Write)?[..], b"w");
+            assert!(ops.count() >= 1);
+            assert!(mirror.write(va, &[1]).is_ok());
+            assert_eq!(user_read(va)?, 1);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_hole_and_no_permission_are_efault() -> Result {
+        with_user_mm(|mm| {
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let hole = page(window, 2)?;
+            mm.munmap(hole.start(), hole.len())?;
+            assert_eq!(fault(&mirror, hole, Access::Read).err(), Some(EFAULT));
+            let none = map_window(mm, Prot::None)?;
+            assert_eq!(fault(&mirror, none, Access::Read).err(), Some(EFAULT));
+            assert_eq!(fault(&mirror, none, Access::Write).err(), Some(EFAULT));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn kernel_addresses_are_efault() -> Result {
+        with_user_mm(|_| {
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let kernel = (&raw const mirror as usize) & !(PAGE_SIZE - 1);
+            let kernel = PageRange::from_len(kernel, PAGE_SIZE)?;
+            assert_eq!(fault(&mirror, kernel, Access::Read).err(), Some(EFAULT));
+            let last = usize::MAX - (2 * PAGE_SIZE - 1);
+            let last = PageRange::from_len(last, PAGE_SIZE)?;
+            assert_eq!(fault(&mirror, last, Access::Read).err(), Some(EFAULT));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_write_to_read_only_memory_is_eperm_and_a_read_is_not() -> Result {
+        with_user_mm(|mm| {
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let window = map_window(mm, Prot::Read)?;
+            assert_eq!(fault(&mirror, window, Access::Write).err(), Some(EPERM));
+            assert!(mirror.write(window.start(), &[1]).is_err());
+            assert_eq!(&fault(&mirror, window, Access::Read)?[..], b"rrrrrrrr");
+            assert!(mirror.write(window.start(), &[1]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_hole_beside_a_good_page_does_not_hide_it() -> Result {
+        with_user_mm(|mm| {
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let hole = page(window, 2)?;
+            mm.munmap(hole.start(), hole.len())?;
+            // The window ends where the VMA does.
+            assert_eq!(&fault(&mirror, window, Access::Write)?[..], b"ww");
+            let behind = PageRange::new(hole.end(), window.end())?;
+            assert_eq!(&fault(&mirror, behind, Access::Write)?[..], b"wwwww");
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_fails_in_the_window_does_not_fail_the_page_before_it() -> Result {
+        with_user_mm(|mm| {
+            let mirror = Mirror::new(Recorder::new()?)?;
+            // The file ends before the mapping does: mm answers SIGBUS there.
+            let len = 16 * PAGE_SIZE;
+            let va = mm.mmap_shmem(len, PAGE_SIZE, Prot::ReadWrite, true)?;
+            let range = PageRange::from_len(va, 2 * PAGE_SIZE)?;
+            assert_eq!(&fault(&mirror, range, Access::Read)?[..], b"w");
+            let behind = page(range, 1)?;
+            assert_eq!(fault(&mirror, behind, Access::Read).err(), Some(EFAULT));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn an_invalidation_before_the_commit_makes_the_loop_retry() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            user_write(window.start(), 7)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let mut buf = FaultBuf::new(3)?;
+            let req = FaultRequest::new(page(window, 0)?, Access::Write);
+            let (mut attempts, mut commits) = (0, 0);
+            mirror.fault_with(
+                &req,
+                &mut buf,
+                &mut |_: &Commit<'_>| commits += 1,
+                &mut || {
+                    attempts += 1;
+                    if attempts <= 2 {
+                        zap(mm, window);
+                    }
+                },
+            )?;
+            assert_eq!(attempts, 3);
+            assert_eq!(commits, 1);
+            assert_eq!(buf.retries(), 2);
+            // What the device has is the page that came after the old one went.
+            let mut byte = [7];
+            assert!(mirror.read(window.start(), &mut byte).is_ok());
+            assert_eq!(byte[0], 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_stale_snapshot_leaves_no_entry_and_the_deadline_ends_the_loop() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let mut buf = FaultBuf::new(3)?;
+            let req = FaultRequest::new(window, Access::Write).timeout_ms(20);
+            let mut commits = 0;
+            let result = mirror.fault_with(
+                &req,
+                &mut buf,
+                &mut |_: &Commit<'_>| commits += 1,
+                &mut || zap(mm, window),
+            );
+            assert_eq!(result, Err(EBUSY));
+            assert_eq!(commits, 0);
+            assert!(buf.retries() >= 1);
+            for va in window.page_addrs() {
+                assert!(mirror.read(va, &mut [0]).is_err());
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn churn_in_another_region_causes_no_retry() -> Result {
+        with_user_mm(|mm| {
+            let region = PAGE_SIZE << REGION_ORDER;
+            let start = mm.mmap_anonymous(2 * region, Prot::Read)?;
+            let border = (start + 1).next_multiple_of(region);
+            let below = PageRange::new(border - PAGE_SIZE, border)?;
+            let above = PageRange::from_len(border, PAGE_SIZE)?;
+            let ops = Recorder::new()?;
+            let mirror = Mirror::new(ops.clone())?;
+            fault(&mirror, below, Access::Read)?;
+            fault(&mirror, above, Access::Read)?;
+
+            let mut buf = FaultBuf::new(0)?;
+            let req = FaultRequest::new(above, Access::Read);
+            mirror.fault_with(&req, &mut buf, &mut |_: &Commit<'_>| (), &mut || {
+                zap(mm, below)
+            })?;
+            assert_eq!(ops.count(), 1);
+            assert_eq!(buf.retries(), 0);
+            assert!(mirror.read(above.start(), &mut [0]).is_ok());
+            assert!(mirror.read(below.start(), &mut [0]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_request_is_served_a_window_at_a_time() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let mut buf = FaultBuf::new(1)?;
+            let need = PageRange::new(page(window, 1)?.start(), window.end())?;
+            let req = FaultRequest::new(need, Access::Write);
+            let (range, needed) =
+                mirror.fault(req, &mut buf, |commit| (commit.range(), commit.needed()))?;
+            assert_eq!(range.pages(), 2);
+            assert!(needed == page(window, 1)?);
+            Ok(())
+        })
+    }
+}

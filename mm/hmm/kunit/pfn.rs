@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `pfn.rs`.
+
+use super::super::pfn::{
+    request,
+    Access,
+    Pfn,
+    State, //
+};
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR as usize;
+const DMA_MAPPED: usize = bindings::hmm_pfn_flags_HMM_PFN_DMA_MAPPED as usize;
+const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT as usize;
+
+#[kunit_tests(hmm_pfn)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_and_error_allow_nothing() {
+        for raw in [0, ERROR, ERROR | VALID, ERROR | VALID | WRITE, WRITE, 42] {
+            let pfn = Pfn::from_output(raw);
+            assert!(!pfn.allows(Access::Read));
+            assert!(!pfn.allows(Access::Write));
+            assert!(pfn.present().is_none());
+        }
+        assert_eq!(Pfn::from_output(0).state(), State::Hole);
+        assert_eq!(Pfn::from_output(ERROR).state(), State::Error);
+        assert_eq!(Pfn::NONE.state(), State::Hole);
+    }
+
+    #[test]
+    fn write_needs_the_write_flag() {
+        let read = Pfn::from_output(42 | VALID);
+        assert!(read.allows(Access::Read) && !read.allows(Access::Write));
+        assert_eq!(read.state(), State::Present(Access::Read));
+        let write = Pfn::from_output(42 | VALID | WRITE);
+        assert!(write.allows(Access::Read) && write.allows(Access::Write));
+    }
+
+    #[test]
+    fn order_and_sticky_flags_do_not_survive() {
+        let pfn = Pfn::from_output(42 | VALID | DMA_MAPPED | (9 << ORDER_SHIFT));
+        assert_eq!(pfn.present(), Some(42 | VALID));
+    }
+
+    #[test]
+    fn a_write_request_is_a_fault_request() {
+        assert_eq!(request(None), 0);
+        assert_eq!(request(Some(Access::Read)), VALID);
+        assert_eq!(request(Some(Access::Write)), VALID | WRITE);
+    }
+}

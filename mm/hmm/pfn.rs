@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Typed decoding of what `hmm_range_fault()` reports of a page.
+//!
+//! The only place that knows the bits of `enum hmm_pfn_flags`. Pure: no C code is called.
+//!
+//! C header: [`include/linux/hmm.h`](srctree/include/linux/hmm.h)
+
+use kernel::{
+    bindings,
+    prelude::*, //
+};
+
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR as usize;
+const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS as usize;
+const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT as usize;
+const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE as usize;
+
+// An all-zero output is a page that is not there but could be faulted: `Pfn::NONE` relies on it.
+static_assert!(VALID & FLAGS == VALID && WRITE & FLAGS == WRITE && ERROR & FLAGS == ERROR);
+static_assert!(VALID != 0 && WRITE != 0 && ERROR != 0);
+static_assert!(VALID & WRITE == 0 && VALID & ERROR == 0 && WRITE & ERROR == 0);
+
+/// What the device wants to do with a page.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read it. Enough to map the page read-only.
+    Read,
+    /// Read and write it.
+    Write,
+}
+
+/// The input of `hmm_range_fault()`: what it is to fault in, if anything.
+#[inline]
+pub(crate) const fn request(access: Option<Access>) -> usize {
+    match access {
+        None => 0,
+        Some(Access::Read) => REQ_FAULT,
+        Some(Access::Write) => REQ_FAULT | REQ_WRITE,
+    }
+}
+
+/// What is known of a page.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Not there; a fault may bring it.
+    Hole,
+    /// Not accessible: no VMA, no read permission, device memory of others, poison.
+    Error,
+    /// There, and at least readable.
+    Present(Access),
+}
+
+/// The output of `hmm_range_fault()` for a page.
+///
+/// Neither the order nor the other flags of the C value survive: the order may reach past the range
+/// that was asked for, so nothing outside this file is to see it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct Pfn(usize);
+
+impl Pfn {
+    /// A page that is not there.
+    pub(crate) const NONE: Self = Self(0);
+
+    /// Takes over one element of the output array.
+    #[inline]
+    pub(crate) const fn from_output(raw: usize) -> Self {
+        if raw & ERROR != 0 {
+            Self(ERROR)
+        } else if raw & VALID != 0 {
+            Self(raw & (VALID | WRITE | !FLAGS))
+        } else {
+            Self::NONE
+        }
+    }
+
+    /// Decodes the state.
+    #[inline]
+    pub(crate) const fn state(self) -> State {
+        if self.0 & ERROR != 0 {
+            State::Error
+        } else if self.0 & VALID == 0 {
+            State::Hole
+        } else if self.0 & WRITE == 0 {
+            State::Present(Access::Read)
+        } else {
+            State::Present(Access::Write)
+        }
+    }
+
+    /// Whether the page is there and `access` to it is allowed.
+    #[inline]
+    pub(crate) const fn allows(self, access: Access) -> bool {
+        matches!(
+            (self.state(), access),
+            (State::Present(Access::Write), _) | (State::Present(Access::Read), Access::Read)
+        )
+    }
+
+    /// The value in the form that `hmm_pfn_to_page()` takes, if the page is there.
+    #[inline]
+    pub(crate) const fn present(self) -> Option<usize> {
+        match self.state() {
+            State::Present(_) => Some(self.0),
+            State::Hole | State::Error => None,
+        }
+    }
+}

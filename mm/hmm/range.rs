@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Page ranges.
+//!
+//! The only way in which this crate takes a range of virtual addresses. Pure: no C code is called.
+
+use kernel::{
+    page::{
+        PAGE_MASK,
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*, //
+};
+
+/// A range of virtual addresses made of whole pages.
+///
+/// # Invariants
+///
+/// `start` and `end` are multiples of [`PAGE_SIZE`], and `start < end`. Hence the range is not
+/// empty and does not wrap.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct PageRange {
+    start: usize,
+    end: usize,
+}
+
+impl PageRange {
+    /// Creates the range from `start` to `end`, in bytes, `end` exclusive.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if either is not page-aligned or if `start >= end`.
+    #[inline]
+    pub const fn new(start: usize, end: usize) -> Result<Self> {
+        if start & !PAGE_MASK != 0 || end & !PAGE_MASK != 0 || start >= end {
+            return Err(EINVAL);
+        }
+        // INVARIANT: Checked just above.
+        Ok(Self { start, end })
+    }
+
+    /// Creates the range of `len` bytes from `start`.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if either is not page-aligned, if `len` is zero or if the end wraps.
+    #[inline]
+    pub const fn from_len(start: usize, len: usize) -> Result<Self> {
+        match start.checked_add(len) {
+            Some(end) => Self::new(start, end),
+            None => Err(EINVAL),
+        }
+    }
+
+    /// Creates the smallest range that contains the `len` bytes from `va`, which need no
+    /// alignment.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if `len` is zero or if the end, rounded up to a page, wraps.
+    #[inline]
+    pub const fn containing(va: usize, len: usize) -> Result<Self> {
+        let Some(end) = va.checked_add(len) else {
+            return Err(EINVAL);
+        };
+        let Some(end) = kernel::page::page_align(end) else {
+            return Err(EINVAL);
+        };
+        if len == 0 {
+            return Err(EINVAL);
+        }
+        Self::new(va & PAGE_MASK, end)
+    }
+
+    /// Returns the naturally aligned block of `2^order` pages that contains `va`.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if such a block is larger than half the address space or if its end wraps.
+    #[inline]
+    pub const fn aligned_block(va: usize, order: u32) -> Result<Self> {
+        if order >= usize::BITS - 1 - PAGE_SHIFT as u32 {
+            return Err(EINVAL);
+        }
+        let len = PAGE_SIZE << order;
+        Self::from_len(va & !(len - 1), len)
+    }
+
+    /// The first address.
+    #[inline]
+    pub const fn start(&self) -> usize {
+        self.start
+    }
+
+    /// The address after the last.
+    #[inline]
+    pub const fn end(&self) -> usize {
+        self.end
+    }
+
+    /// The length in bytes. Never zero.
+    #[inline]
+    #[expect(clippy::len_without_is_empty)]
+    pub const fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// The length in pages. Never zero.
+    #[inline]
+    pub const fn pages(&self) -> usize {
+        self.len() >> PAGE_SHIFT
+    }
+
+    /// Whether the byte at `va` lies in the range.
+    #[inline]
+    pub const fn contains(&self, va: usize) -> bool {
+        self.start <= va && va < self.end
+    }
+
+    /// The part of the range that lies in `other` too, if any.
+    #[inline]
+    pub fn intersect(&self, other: &PageRange) -> Option<PageRange> {
+        Self::new(self.start.max(other.start), self.end.min(other.end)).ok()
+    }
+
+    /// The address of each page.
+    #[inline]
+    pub fn page_addrs(&self) -> impl Iterator<Item = usize> + use<> {
+        (self.start..self.end).step_by(PAGE_SIZE)
+    }
+
+    /// The index in this range of the page that contains `va`, or `None` if it lies outside.
+    #[inline]
+    pub(crate) const fn index_of(&self, va: usize) -> Option<usize> {
+        if self.contains(va) {
+            Some((va - self.start) >> PAGE_SHIFT)
+        } else {
+            None
+        }
+    }
+}
