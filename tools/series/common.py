@@ -137,6 +137,8 @@ def tail(log, lines=20):
         text = [l.rstrip() for l in read(log).splitlines() if l.strip()]
     except OSError:
         return []
+    commands = [i for i, l in enumerate(text) if l.startswith("$ ")]
+    text = text[commands[-1]:] if commands else text
     bad = re.compile(r"\b(error|Error|fatal|undefined|Kernel panic|BUG|WARNING|FAILED|not found|No such file)\b")
     first = next((i for i, l in enumerate(text) if bad.search(l) and "*** " not in l), None)
     if first is None or first > len(text) - lines:

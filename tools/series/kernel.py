@@ -85,6 +85,7 @@ class Kernels:
 
     def kunit_build(self):
         self.kunit_py("build", "--kunitconfig=" + self.kunitconfig(), "--jobs=" + JOBS,
+                      "--kconfig_add=CONFIG_LOCALVERSION_AUTO=n",
                       *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
                       what="the build of the KUnit kernel")
 

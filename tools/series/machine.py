@@ -382,6 +382,17 @@ def base_from_archive(want):
     return base
 
 
+def toolchain():
+    """What is there to build with; packages are installed, bindgen is compiled if need be."""
+    packages("build")
+    lib_src = rust_lib_src()
+    directory = bindgen()
+    if not directory:
+        with step("build bindgen " + BINDGEN):
+            directory = build_bindgen()
+    return Toolchain(directory, lib_src)
+
+
 def prepare(build=True, check=False):
     """Everything that is needed before the first command: packages, base, toolchain.
 

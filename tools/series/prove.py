@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0
+"""`make bisect` and `make mutants`: the series step by step, and whether the tests notice."""
+
+import glob
+import os
+import re
+
+from common import HERE, Failure, git, git_ok, identity, logfile, read, run, say, scratch, step
+
+MUTANTS = os.path.join(HERE, "mutants")
+PLANTED = os.path.join(HERE, "planted.diff")
+MUTANT_TIMEOUT = 60
+
+
+def bisect_step(kernels):
+    """What the commit checked out in kernels.src is worth: 0 good, 1 bad, 125 cannot be built."""
+    try:
+        kernels.build("norust", HERE + "/norust.config")
+        kernels.kunit_build()
+    except Failure as e:
+        return 125, e
+    try:
+        results, _ = kernels.kunit_run()
+    except Failure as e:
+        return 1, e
+    bad = ["%s %s" % r for r in results if r[1] not in ("PASS", "SKIP")]
+    if bad:
+        return 1, Failure("these tests fail: " + ", ".join(bad), logfile("kunit"))
+    return 0, results
+
+
+def walk(tally, base, head, kernels, worktree):
+    """Every commit builds, with Rust and without, and its KUnit suites pass."""
+    commits = git(base.repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
+    for number, commit in enumerate(commits, 1):
+        subject = git(base.repo, "log", "-1", "--format=%s", commit)
+        with tally.test(("bisect: %d/%d %s" % (number, len(commits), subject))[:62]):
+            worktree(base, "src", commit)
+            status, what = bisect_step(kernels)
+            if status:
+                raise what
+    return commits
+
+
+def diff_of(path):
+    """(prose, tests that it names) of a file that is prose and then a diff."""
+    text = read(path)
+    prose = text.split("\ndiff --git ")[0]
+    return prose, re.findall(r"^Test:\s*(\S+)\s*$", prose, re.M)
+
+
+def plant(base, head, tree):
+    """The series with one more commit: in its middle, or later, where the diff applies and the
+    series' own suites run already. A line "After: subject" asks for a later place, e.g. where the
+    test comes that finds the bug. Returns (tip, the commit)."""
+    commits = git(base.repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
+    author = identity("series", "series@localhost", "2000-01-01T00:00:00Z")
+    after = re.search(r"^After: (.*)", diff_of(PLANTED)[0], re.M)
+    reached = not after
+    for number, commit in enumerate(commits, 1):
+        reached = reached or git(tree, "log", "-1", "--format=%s", commit) == after.group(1).strip()
+        if not reached or number < len(commits) // 2 or \
+           not git_ok(tree, "cat-file", "-e", "%s:%s" % (commit, KUNITCONFIG)):
+            continue
+        git(tree, "checkout", "-q", "-f", "--detach", commit)
+        if not git_ok(tree, "apply", "--index", PLANTED):
+            continue
+        run(["git", "-C", tree, "commit", "-q", "-m", "plant a bug"], "planted", env=author)
+        bug = git(tree, "rev-parse", "HEAD")
+        rest = commits[number:]
+        if not rest or run(["git", "-C", tree, "cherry-pick"] + rest, "planted", env=author, check=False) == 0:
+            return git(tree, "rev-parse", "HEAD"), bug
+        git(tree, "cherry-pick", "--abort", check=False)
+    raise Failure("tools/series/planted.diff applies nowhere in the series", logfile("planted"))
+
+
+def planted(base, head, kernels, worktree):
+    """git bisect run, with the script that developers use, finds a commit that breaks a test."""
+    tip, bug = plant(base, head, worktree(base, "apply", head))
+    src = worktree(base, "src", tip)
+    git(src, "bisect", "reset", check=False)
+    git(src, "bisect", "start", tip, base.commit)
+    try:
+        log = logfile("bisect-run")
+        run(["git", "-C", src, "bisect", "run", os.path.join(HERE, "bisect-step"), "--in-cache"], "bisect-run",
+            env=dict(os.environ, **kernels.tc.env), what="git bisect run", timeout=3600, cwd=src)
+        found = re.search(r"^(\w{40}) is the first '?bad'? commit", read(log), re.M)
+        if not found or found.group(1) != bug:
+            raise Failure("git bisect run found %s, and not the planted commit %s"
+                          % (found.group(1) if found else "nothing", bug), log)
+    finally:
+        git(src, "bisect", "reset", check=False)
+
+
+def was_running(log, suite):
+    """Whether a boot with only one test of that suite went down while the test ran."""
+    lines = [re.sub(r"^\[[^]]*\] ", "", l) for l in log.splitlines()]
+    start = next((i for i, l in enumerate(lines) if re.match(r"\s+# Subtest: %s$" % re.escape(suite), l)), None)
+    if start is None:
+        return False
+    return not any(re.match(r"\s*(not )?ok \d+ ", l) for l in lines[start:])
+
+
+def verdict(kernels, test):
+    """PASS, SKIP, FAIL (also: the kernel went down, or hung, in that test) or what else happened."""
+    suite = test.split(".")[0]
+    try:
+        results, log = kernels.kunit_run(test, timeout=MUTANT_TIMEOUT)
+    except Failure:
+        results, log = [], ""
+    own = [s for name, s in results if name == test or name.startswith(test + ".")]
+    if own:
+        return next((s for s in own if s not in ("PASS", "SKIP")), own[0]).replace("ERROR", "FAIL")
+    if was_running(log, suite):
+        return "FAIL"
+    return "is not run"
+
+
+def mutants(tally, base, head, kernels, worktree):
+    files = sorted(glob.glob(MUTANTS + "/*.diff"))
+    named = sorted({t for f in files for t in diff_of(f)[1]})
+    unbroken = []
+    with tally.test("mutants: without one, all %d tests that they name pass" % len(named)):
+        if not files:
+            raise Failure("there are no mutants in " + MUTANTS)
+        worktree(base, "src", head)
+        kernels.kunit_build()
+        results = dict(kernels.kunit_run()[0])
+        unbroken = [t for t in named if results.get(t) == "PASS" or
+                    any(n.startswith(t + ".") and s == "PASS" for n, s in results.items())]
+        missing = sorted(set(named) - set(unbroken))
+        if missing:
+            raise Failure("these do not pass: " + " ".join(missing), logfile("kunit"))
+    for path in files:
+        tests = diff_of(path)[1]
+        with tally.test("mutant: " + os.path.basename(path)[:-5]):
+            if not tests:
+                raise Failure("%s names no test (Test: suite.test)" % path)
+            src = worktree(base, "src", head)
+            if run(["git", "-C", src, "apply", path], "mutants", check=False):
+                raise Failure("%s does not apply" % path, logfile("mutants"))
+            kernels.kunit_build()
+            for test in tests:
+                if test not in unbroken:
+                    raise Failure("%s does not pass without the mutant" % test)
+                got = verdict(kernels, test)
+                if got != "FAIL":
+                    raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit"))
+    worktree(base, "src", head)
