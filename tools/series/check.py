@@ -7,7 +7,7 @@ import re
 import time
 
 import patches
-from common import ENV, HERE, Failure, git, git_ok, logfile, output, read, run, scratch
+from common import ENV, HERE, Failure, git, git_ok, logfile, output, read, run
 
 
 class Changes:

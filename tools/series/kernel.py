@@ -3,7 +3,6 @@
 
 import contextlib
 import glob
-import hashlib
 import json
 import os
 import re
@@ -11,10 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
-from common import (CACHE, HERE, JOBS, Failure, duration, git, git_ok, kill_group, logfile, output,
-                    read, run, scratch, write)
+from common import (HERE, JOBS, Failure, duration, git_ok, kill_group, logfile, output, read, run,
+                    scratch, write)
 
 SELFTESTS = "tools/testing/selftests/hmm"
 DEMO = "dummy_gpu_demo"

@@ -5,7 +5,8 @@ import glob
 import os
 import re
 
-from common import HERE, Failure, git, git_ok, identity, logfile, read, run, say, scratch, step
+from common import HERE, Failure, git, git_ok, identity, logfile, read, run
+from kernel import KUNITCONFIG
 
 MUTANTS = os.path.join(HERE, "mutants")
 PLANTED = os.path.join(HERE, "planted.diff")
