@@ -20,7 +20,7 @@ from common import (CACHE, ENV, Failure, JOBS, TOP, git, git_ok, identity, outpu
 BINDGEN = "0.72.1"              # what is built when no bindgen >= BINDGEN_MIN is in PATH
 BINDGEN_MIN = (0, 71, 1)
 RUSTC_MIN = (1, 85, 0)
-LLVM_MIN, LLVM_MAX = 17, 29
+LLVM_MIN, LLVM_TRIED, LLVM_MAX = 17, 19, 29
 SUITES = ("trixie-backports", "sid", "experimental")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 KERNEL_ORG = "https://cdn.kernel.org/pub/linux/kernel/v%s.x/linux-%s.tar.xz"
@@ -28,7 +28,7 @@ KERNEL_ORG = "https://cdn.kernel.org/pub/linux/kernel/v%s.x/linux-%s.tar.xz"
 
 def which(*names):
     for name in names:
-        path = shutil.which(name, path=ENV["PATH"])
+        path = shutil.which(name, path=ENV["PATH"] + ":/usr/sbin:/sbin")
         if path:
             return path
     return None
@@ -107,11 +107,12 @@ def codespell():
     return os.path.exists("/usr/share/codespell/dictionary.txt") or system_python("codespell_lib")()
 
 
-def newest_llvm_package():
-    for n in range(LLVM_MAX, LLVM_MIN - 1, -1):
+def llvm_package():
+    """The LLVM to install: the one that the series is made with, else the newest."""
+    for n in (LLVM_TRIED,) + tuple(range(LLVM_MAX, LLVM_MIN - 1, -1)):
         if output("apt-cache", "madison", "clang-%d" % n, check=False):
             return n
-    return 19
+    return LLVM_TRIED
 
 
 # package, what it is looked for by; "build" is enough for demo and uml, "check" for the rest
@@ -146,7 +147,7 @@ def packages(*groups):
         with step("apt-get update"):
             run(["apt-get", "-q", "update"], "apt", check=False, timeout=600)
     if "LLVM" in names:
-        n = newest_llvm_package() if apt else 19
+        n = llvm_package() if apt else LLVM_TRIED
         names[names.index("LLVM"):names.index("LLVM") + 1] = [
             "clang-%d" % n, "lld-%d" % n, "llvm-%d" % n, "libclang1-%d" % n]
     command = "apt-get install -y --no-install-recommends " + " ".join(names)
