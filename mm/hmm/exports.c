@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What a module can link to of the Rust crate hmm, all of it GPL-only.
+ * What a module can link to of the Rust crate hmm, all of it GPL-only; and the
+ * definitions of its tracepoints.
  *
  * Each name is the export_name of a function of the crate; rustc checks its
  * type across the crates, the one here means nothing. A function without a
@@ -9,6 +10,10 @@
  */
 
 #include <linux/export.h>
+
+#define CREATE_TRACE_POINTS
+#define CREATE_RUST_TRACE_POINTS
+#include <trace/events/hmm.h>
 
 #define DECLARE_RUST(sym) extern int sym
 

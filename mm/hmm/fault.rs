@@ -40,6 +40,13 @@ use kernel::{
     },
 };
 
+kernel::declare_trace! {
+    /// # Safety
+    ///
+    /// Always safe to call.
+    unsafe fn hmm_fault_busy(va: c_ulong, retries: c_uint);
+}
+
 /// A request to fault pages for the device.
 #[derive(Copy, Clone, Debug)]
 pub struct FaultRequest {
@@ -416,6 +423,22 @@ impl Mirror {
         f: &mut dyn FnMut(&Commit<'_>),
         before_commit: &mut dyn FnMut(),
     ) -> Result {
+        buf.retries = 0;
+        let result = self.fault_loop(req, buf, f, before_commit);
+        if result == Err(EBUSY) {
+            // SAFETY: Always safe to call.
+            unsafe { hmm_fault_busy(req.need.start(), buf.retries) };
+        }
+        result
+    }
+
+    fn fault_loop(
+        &self,
+        req: &FaultRequest,
+        buf: &mut FaultBuf,
+        f: &mut dyn FnMut(&Commit<'_>),
+        before_commit: &mut dyn FnMut(),
+    ) -> Result {
         let current = kernel::current!();
         let mm = self.current_mm(current.mm())?;
         if req.need.start() >= self.task_size() {
@@ -424,7 +447,6 @@ impl Mirror {
         let region = self.region_or_insert(mm, req.need.start())?;
         let mut window = Window::new(mm, &region, req, buf.order)?;
 
-        buf.retries = 0;
         // Started by the first collision: what fault handlers took before it does not count.
         let mut begin = None;
         let timeout = Delta::from_millis(req.timeout_ms.into());

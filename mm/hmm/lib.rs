@@ -36,6 +36,8 @@
 //!
 //! C headers: [`include/linux/hmm.h`](srctree/include/linux/hmm.h),
 //! [`include/linux/mmu_notifier.h`](srctree/include/linux/mmu_notifier.h)
+//!
+//! Reference: <https://docs.kernel.org/mm/hmm-rust.html>
 
 #![no_std]
 // Stable since Rust 1.89.0, and what the KUnit macros use.

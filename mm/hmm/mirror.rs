@@ -228,10 +228,10 @@ impl Region {
             // SAFETY: The mm is alive: the only caller has a `MmWithUser` of it.
             unsafe { bindings::mmap_read_lock(mm) };
             // SAFETY: Always safe to call; released below.
-            unsafe { bindings::fs_reclaim_acquire(GFP_KERNEL.as_raw()) };
+            unsafe { bindings::fs_reclaim_acquire(bindings::GFP_KERNEL) };
             drop(self.entries.write());
             // SAFETY: Acquired above.
-            unsafe { bindings::fs_reclaim_release(GFP_KERNEL.as_raw()) };
+            unsafe { bindings::fs_reclaim_release(bindings::GFP_KERNEL) };
             // SAFETY: Locked above, by this task.
             unsafe { bindings::mmap_read_unlock(mm) };
         }

@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The GPU's page table: which pages of a process the GPU may access, and how.
+//!
+//! It holds virtual addresses and permissions only. A software device has no use for physical
+//! addresses, and the core is the only one that could give them a meaning: see `mm/hmm`. So this
+//! file knows the proofs that `hmm` hands out for a page, and nothing else of the layers around it.
+//!
+//! The table of each 2 MiB that is in use is a pair of bitmaps. Tables are allocated before a lock
+//! is taken, and are handed over to the page table while it is locked: mapping cannot fail.
+
+use hmm::{
+    Access,
+    PageRange,
+    ReadPage,
+    WritePage, //
+};
+use kernel::{
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    rbtree::{
+        Entry,
+        RBTree,
+        RBTreeNodeReservation, //
+    },
+    sizes::SZ_2M, //
+};
+
+/// The bytes that one table spans.
+pub(crate) const TABLE_SIZE: usize = SZ_2M;
+const TABLE_SHIFT: u32 = TABLE_SIZE.trailing_zeros();
+
+/// The pages that one table spans, as a power of two.
+pub(crate) const TABLE_ORDER: u32 = TABLE_SHIFT - PAGE_SHIFT as u32;
+const TABLE_PAGES: usize = 1 << TABLE_ORDER;
+const WORDS: usize = TABLE_PAGES.div_ceil(u64::BITS as usize);
+
+static_assert!(TABLE_SIZE >= PAGE_SIZE);
+
+/// One bit for each page of a table.
+type Bits = [u64; WORDS];
+
+/// Whether bit `page` is set.
+fn is_set(bits: &Bits, page: usize) -> bool {
+    bits.get(page / 64)
+        .is_some_and(|word| word & (1 << (page % 64)) != 0)
+}
+
+/// Sets bit `page`.
+fn set(bits: &mut Bits, page: usize) {
+    if let Some(word) = bits.get_mut(page / 64) {
+        *word |= 1 << (page % 64);
+    }
+}
+
+/// Clears the bits from `first` to `end`, exclusive, and returns how many of them were set.
+fn clear(bits: &mut Bits, first: usize, end: usize) -> usize {
+    let mut cleared = 0;
+    for (index, word) in bits.iter_mut().enumerate() {
+        let low = first.saturating_sub(index * 64).min(64) as u32;
+        let high = end.saturating_sub(index * 64).min(64) as u32;
+        if low < high {
+            let mask = (u64::MAX >> (64 - (high - low))) << low;
+            cleared += (*word & mask).count_ones() as usize;
+            *word &= !mask;
+        }
+    }
+    cleared
+}
+
+/// The entries of [`TABLE_SIZE`] bytes.
+///
+/// # Invariants
+///
+/// Every page of `writable` is in `present` too.
+struct Table {
+    present: Bits,
+    writable: Bits,
+}
+
+impl Table {
+    const EMPTY: Self = Self {
+        present: [0; WORDS],
+        writable: [0; WORDS],
+    };
+
+    fn is_empty(&self) -> bool {
+        self.present.iter().all(|word| *word == 0)
+    }
+
+    /// Maps `page` for `access`, or takes away the right to write if it was mapped for more.
+    /// Returns whether the page was not mapped at all.
+    fn map(&mut self, page: usize, access: Access) -> bool {
+        let new = !is_set(&self.present, page);
+
+        set(&mut self.present, page);
+        match access {
+            // INVARIANT: `page` is in `present`.
+            Access::Write => set(&mut self.writable, page),
+            Access::Read => {
+                clear(&mut self.writable, page, page + 1);
+            }
+        }
+        new
+    }
+
+    fn allows(&self, page: usize, access: Access) -> bool {
+        match access {
+            Access::Read => is_set(&self.present, page),
+            Access::Write => is_set(&self.writable, page),
+        }
+    }
+
+    /// Unmaps the pages from `first` to `end`, exclusive, and returns how many were mapped.
+    fn unmap(&mut self, first: usize, end: usize) -> usize {
+        // INVARIANT: The same pages go from both.
+        clear(&mut self.writable, first, end);
+        clear(&mut self.present, first, end)
+    }
+}
+
+/// The key of the table that holds the entry of `va`.
+fn key_of(va: usize) -> usize {
+    va >> TABLE_SHIFT
+}
+
+/// The index in its table of the page that contains `va`.
+fn index_of(va: usize) -> usize {
+    (va % TABLE_SIZE) >> PAGE_SHIFT
+}
+
+/// Memory for a table, allocated before the lock of the page table is taken.
+pub(crate) struct SpareTable(RBTreeNodeReservation<usize, Table>);
+
+impl SpareTable {
+    /// Allocates memory for one table. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self(RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?))
+    }
+}
+
+/// The GPU's page table for one process.
+///
+/// The methods neither sleep nor allocate, so that it can live under a spinlock.
+pub(crate) struct Mmu {
+    tables: RBTree<usize, Table>,
+}
+
+impl Mmu {
+    /// Creates an empty page table.
+    pub(crate) fn new() -> Self {
+        Self {
+            tables: RBTree::new(),
+        }
+    }
+
+    /// Returns the table of the block that contains `va`, to map pages in it. `spare` becomes that
+    /// table if there is none yet.
+    pub(crate) fn table(&mut self, va: usize, spare: SpareTable) -> TableMut<'_> {
+        let key = key_of(va);
+        let table = match self.tables.entry(key) {
+            Entry::Occupied(table) => table.into_mut(),
+            Entry::Vacant(vacant) => vacant.insert(Table::EMPTY, spare.0),
+        };
+
+        TableMut { key, table }
+    }
+
+    /// Whether the GPU may access the page that contains `va` in this way.
+    pub(crate) fn lookup(&self, va: usize, access: Access) -> bool {
+        self.tables
+            .get(&key_of(va))
+            .is_some_and(|table| table.allows(index_of(va), access))
+    }
+
+    /// Unmaps `range` and returns the number of pages that were mapped.
+    pub(crate) fn unmap(&mut self, range: PageRange) -> usize {
+        let last = key_of(range.end() - 1);
+        let mut unmapped = 0;
+
+        let mut cursor = self.tables.cursor_lower_bound_mut(&key_of(range.start()));
+        while let Some(mut at) = cursor {
+            let (&key, table) = at.current_mut();
+            if key > last {
+                break;
+            }
+
+            let first_page = if key == key_of(range.start()) {
+                index_of(range.start())
+            } else {
+                0
+            };
+            let end_page = if key == last {
+                index_of(range.end() - 1) + 1
+            } else {
+                TABLE_PAGES
+            };
+            unmapped += table.unmap(first_page, end_page);
+
+            cursor = if table.is_empty() {
+                // Falls back to the table before it when there is none after it.
+                at.remove_current().0.filter(|next| *next.current().0 > key)
+            } else {
+                at.move_next()
+            };
+        }
+        unmapped
+    }
+}
+
+/// One table of an [`Mmu`], to map pages in.
+pub(crate) struct TableMut<'a> {
+    key: usize,
+    table: &'a mut Table,
+}
+
+impl TableMut<'_> {
+    /// Maps the page that contains `va`. Returns whether it was not mapped before; a page that lies
+    /// in another table is left alone.
+    fn set(&mut self, va: usize, access: Access) -> bool {
+        key_of(va) == self.key && self.table.map(index_of(va), access)
+    }
+
+    /// Maps a page for reading only.
+    pub(crate) fn map(&mut self, page: &ReadPage<'_>) -> bool {
+        self.set(page.va(), Access::Read)
+    }
+
+    /// Maps a page for reading and writing.
+    pub(crate) fn map_writable(&mut self, page: &WritePage<'_>) -> bool {
+        self.set(page.va(), Access::Write)
+    }
+}
+
+#[cfg(CONFIG_DUMMY_GPU_KUNIT_TEST)]
+#[kunit_tests(dummy_gpu_mmu)]
+mod tests {
+    use super::*;
+
+    /// The first address of the `n`th table, some way into the address space.
+    const fn table_start(n: usize) -> usize {
+        (n + 3) * TABLE_SIZE
+    }
+
+    /// The address of page `page` of table `table`.
+    const fn va(table: usize, page: usize) -> usize {
+        table_start(table) + page * PAGE_SIZE
+    }
+
+    fn map(mmu: &mut Mmu, va: usize, access: Access) -> Result<bool> {
+        let spare = SpareTable::new()?;
+        Ok(mmu.table(va, spare).set(va, access))
+    }
+
+    fn pages(first: usize, count: usize) -> Result<PageRange> {
+        PageRange::from_len(first, count * PAGE_SIZE)
+    }
+
+    #[test]
+    fn an_empty_page_table_allows_nothing() -> Result {
+        let mut mmu = Mmu::new();
+
+        assert!(!mmu.lookup(va(0, 0), Access::Read));
+        assert!(!mmu.lookup(va(0, 0), Access::Write));
+        assert_eq!(mmu.unmap(pages(va(0, 0), 1)?), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_for_reading_is_not_writable() -> Result {
+        let mut mmu = Mmu::new();
+
+        assert!(map(&mut mmu, va(0, 5), Access::Read)?);
+        assert!(mmu.lookup(va(0, 5), Access::Read));
+        assert!(!mmu.lookup(va(0, 5), Access::Write));
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_for_writing_is_readable() -> Result {
+        let mut mmu = Mmu::new();
+
+        assert!(map(&mut mmu, va(0, 5), Access::Write)?);
+        assert!(mmu.lookup(va(0, 5), Access::Read));
+        assert!(mmu.lookup(va(0, 5), Access::Write));
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_has_all_its_bytes_and_no_others() -> Result {
+        let mut mmu = Mmu::new();
+
+        map(&mut mmu, va(0, 5), Access::Write)?;
+        assert!(!mmu.lookup(va(0, 5) - 1, Access::Read));
+        assert!(mmu.lookup(va(0, 5) + PAGE_SIZE - 1, Access::Write));
+        assert!(!mmu.lookup(va(0, 6), Access::Read));
+        // The same place in the tables next to it.
+        assert!(!mmu.lookup(va(1, 5), Access::Read));
+        assert!(mmu.tables.get(&(key_of(va(0, 0)) - 1)).is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn mapping_again_for_reading_takes_the_right_to_write_away() -> Result {
+        let mut mmu = Mmu::new();
+
+        assert!(map(&mut mmu, va(0, 5), Access::Write)?);
+        assert!(!map(&mut mmu, va(0, 5), Access::Read)?);
+        assert!(mmu.lookup(va(0, 5), Access::Read));
+        assert!(!mmu.lookup(va(0, 5), Access::Write));
+        Ok(())
+    }
+
+    #[test]
+    fn mapping_again_for_writing_adds_the_right_to_write() -> Result {
+        let mut mmu = Mmu::new();
+
+        assert!(map(&mut mmu, va(0, 5), Access::Read)?);
+        assert!(!map(&mut mmu, va(0, 5), Access::Write)?);
+        assert!(mmu.lookup(va(0, 5), Access::Write));
+        assert_eq!(mmu.unmap(pages(va(0, 5), 1)?), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_table_takes_no_page_of_another() -> Result {
+        let mut mmu = Mmu::new();
+        let spare = SpareTable::new()?;
+
+        assert!(!mmu.table(va(0, 0), spare).set(va(1, 0), Access::Read));
+        assert!(!mmu.lookup(va(0, 0), Access::Read));
+        assert!(!mmu.lookup(va(1, 0), Access::Read));
+        Ok(())
+    }
+
+    #[test]
+    fn unmap_of_part_of_a_table_keeps_the_rest() -> Result {
+        let mut mmu = Mmu::new();
+
+        for page in 0..TABLE_PAGES {
+            map(&mut mmu, va(0, page), Access::Write)?;
+        }
+        let first = TABLE_PAGES / 8 - 1;
+        let count = TABLE_PAGES / 2 + 2;
+        assert_eq!(mmu.unmap(pages(va(0, first), count)?), count);
+        for page in 0..TABLE_PAGES {
+            let kept = page < first || page >= first + count;
+            assert_eq!(mmu.lookup(va(0, page), Access::Read), kept);
+            assert_eq!(mmu.lookup(va(0, page), Access::Write), kept);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn unmap_across_tables_counts_each_page_once() -> Result {
+        let mut mmu = Mmu::new();
+
+        for table in 0..4 {
+            map(&mut mmu, va(table, 0), Access::Read)?;
+            map(&mut mmu, va(table, TABLE_PAGES - 1), Access::Write)?;
+        }
+        // From the last page of table 0 to the first page of table 3.
+        let range = PageRange::new(va(0, TABLE_PAGES - 1), va(3, 1))?;
+        assert_eq!(mmu.unmap(range), 6);
+        assert_eq!(mmu.unmap(range), 0);
+        assert!(mmu.lookup(va(0, 0), Access::Read));
+        assert!(mmu.lookup(va(3, TABLE_PAGES - 1), Access::Write));
+        Ok(())
+    }
+
+    #[test]
+    fn unmap_frees_the_tables_that_it_empties() -> Result {
+        let mut mmu = Mmu::new();
+
+        map(&mut mmu, va(0, 0), Access::Read)?;
+        map(&mut mmu, va(2, 7), Access::Read)?;
+        map(&mut mmu, va(9, 0), Access::Read)?;
+        assert_eq!(mmu.unmap(pages(va(2, 0), TABLE_PAGES)?), 1);
+        assert!(mmu.tables.get(&key_of(va(2, 0))).is_none());
+        assert_eq!(mmu.tables.keys().count(), 2);
+        // The last table goes while one before the range remains.
+        assert_eq!(mmu.unmap(pages(va(9, 0), 1)?), 1);
+        assert!(mmu.lookup(va(0, 0), Access::Read));
+        assert_eq!(mmu.unmap(PageRange::new(0, va(20, 0))?), 1);
+        assert!(mmu.tables.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn unmap_reaches_the_end_of_the_address_space() -> Result {
+        let mut mmu = Mmu::new();
+        let end = usize::MAX - PAGE_SIZE + 1;
+
+        map(&mut mmu, end - PAGE_SIZE, Access::Write)?;
+        map(&mut mmu, 0, Access::Read)?;
+        assert_eq!(mmu.unmap(PageRange::new(0, end)?), 2);
+        assert!(mmu.tables.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn any_sequence_agrees_with_a_plain_array() -> Result {
+        const TABLES: usize = 3;
+        const PAGES: usize = TABLES * TABLE_PAGES;
+
+        let mut model: KVec<Option<Access>> = KVec::from_elem(None, PAGES, GFP_KERNEL)?;
+        let mut mmu = Mmu::new();
+        let mut seed = 1u32;
+        let mut random = |below: usize| {
+            // The constants of Numerical Recipes.
+            seed = seed.wrapping_mul(1664525).wrapping_add(1013904223);
+            (seed >> 8) as usize % below
+        };
+
+        for _ in 0..2000 {
+            let page = random(PAGES);
+            match random(8) {
+                0 => {
+                    let count = 1 + random(PAGES - page);
+                    let mut expected = 0;
+                    for entry in model.iter_mut().skip(page).take(count) {
+                        expected += usize::from(entry.take().is_some());
+                    }
+                    assert_eq!(mmu.unmap(pages(va(0, page), count)?), expected);
+                }
+                kind => {
+                    let access = if kind % 2 == 0 {
+                        Access::Read
+                    } else {
+                        Access::Write
+                    };
+                    for entry in model.iter_mut().skip(page).take(1) {
+                        let new = entry.replace(access).is_none();
+                        assert_eq!(map(&mut mmu, va(0, page), access)?, new);
+                    }
+                }
+            }
+        }
+        for (page, entry) in model.iter().enumerate() {
+            let writable = *entry == Some(Access::Write);
+            assert_eq!(mmu.lookup(va(0, page), Access::Read), entry.is_some());
+            assert_eq!(mmu.lookup(va(0, page), Access::Write), writable);
+        }
+        let mapped = model.iter().filter(|entry| entry.is_some()).count();
+        assert_eq!(mmu.unmap(pages(va(0, 0), PAGES)?), mapped);
+        assert!(mmu.tables.is_empty());
+        Ok(())
+    }
+}

@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Shared virtual memory: a process's address space, as the GPU sees it.
+//!
+//! The one file of the driver that talks to `hmm` about memory. The GPU's page table ([`Mmu`]) says
+//! what the GPU may access. What it does not allow is a GPU page fault, which [`Svm::service`]
+//! turns into entries, in windows of up to one of the GPU's tables; what mm takes back leaves the
+//! page table in [`Translations::invalidate`]. The bytes themselves are copied by the core, which
+//! looks up its own entry for each access: should the page table ever allow too much, the access
+//! misses there.
+//!
+//! Lock order: the region's lock (taken by the core, around the calls that it makes here), then the
+//! lock of the page table.
+
+use super::{
+    counters::{
+        Account,
+        Counter, //
+    },
+    engine::{
+        Fault,
+        Memory, //
+    },
+    mmu::{
+        Mmu,
+        SpareTable,
+        TABLE_ORDER, //
+    }, //
+};
+use hmm::{
+    Access,
+    Commit,
+    Entry,
+    FaultBuf,
+    FaultRequest,
+    Invalidate,
+    Invalidated,
+    Mirror,
+    MirrorOps,
+    Miss,
+    PageRange,
+    Ram, //
+};
+use kernel::{
+    new_spinlock,
+    prelude::*,
+    sync::{
+        Arc,
+        SpinLock, //
+    },
+    time::{
+        Delta,
+        Instant,
+        Monotonic, //
+    }, //
+};
+
+/// The GPU's translations for one process, and what it counts.
+#[pin_data]
+struct Translations {
+    #[pin]
+    mmu: SpinLock<Mmu>,
+    account: Account,
+}
+
+impl Translations {
+    /// Whether the GPU may access the page that contains `va`; else the miss.
+    fn check(&self, va: usize, access: Access) -> Result<(), Miss> {
+        if self.mmu.lock().lookup(va, access) {
+            Ok(())
+        } else {
+            Err(Miss { va, access })
+        }
+    }
+
+    /// Maps the pages that `commit` proves to be there.
+    fn map(&self, commit: &Commit<'_>, spare: SpareTable) {
+        let mut new = 0;
+        let mut mmu = self.mmu.lock();
+        let mut table = mmu.table(commit.range().start(), spare);
+
+        for (_, entry) in commit.entries() {
+            new += usize::from(match entry {
+                Entry::Ram(Ram::Read(page)) => table.map(&page),
+                Entry::Ram(Ram::Write(page)) => table.map_writable(&page),
+                _ => false,
+            });
+        }
+        // Under the lock, so that an invalidation cannot take them back first.
+        self.account.add(Counter::PagesMapped, new);
+    }
+}
+
+impl MirrorOps for Translations {
+    fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op> {
+        let mut mmu = self.mmu.lock();
+        let pages = mmu.unmap(event.range());
+        self.account.sub(Counter::PagesMapped, pages);
+        drop(mmu);
+
+        self.account.add(Counter::Invalidations, 1);
+        self.account.add(Counter::InvalidatedPages, pages);
+        event.done()
+    }
+}
+
+/// The address space of one process, for the GPU.
+pub(crate) struct Svm {
+    mirror: Mirror,
+    translations: Arc<Translations>,
+}
+
+impl Svm {
+    /// Opens the address space of the current task to the GPU.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if the task has none, [`ENOMEM`].
+    pub(crate) fn new(account: Account) -> Result<Self> {
+        let translations = Arc::pin_init(
+            pin_init!(Translations {
+                mmu <- new_spinlock!(Mmu::new(), "dummy_gpu::mmu"),
+                account,
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?;
+
+        Ok(Self {
+            mirror: Mirror::new(translations.clone())?,
+            translations,
+        })
+    }
+
+    /// Whether the current task runs in this address space.
+    pub(crate) fn is_current(&self) -> bool {
+        self.mirror.is_current()
+    }
+
+    /// The first address that cannot be the process's.
+    pub(crate) fn end(&self) -> usize {
+        self.mirror.task_size()
+    }
+
+    /// What is counted for this address space.
+    pub(crate) fn account(&self) -> &Account {
+        &self.translations.account
+    }
+
+    /// Services a GPU page fault: maps the page of `fault.va` and, as far as the window around it
+    /// goes, the rest of the operand. Pages of the window that the process has already are mapped
+    /// too.
+    ///
+    /// # Context
+    ///
+    /// A task that runs in this address space and holds no locks. Waits for what the process's own
+    /// page faults wait for; a fatal signal ends the wait.
+    ///
+    /// # Errors
+    ///
+    /// - [`EFAULT`] if there is no memory that may be read.
+    /// - [`EPERM`] if it may not be written, or the task runs in another address space.
+    /// - [`EINTR`] on a fatal signal.
+    /// - [`EBUSY`] if invalidations kept colliding.
+    /// - [`ENOMEM`].
+    pub(crate) fn service(&self, fault: Fault, window: &mut Window) -> Result {
+        let account = self.account();
+        account.add(Counter::Faults, 1);
+
+        // Only the last page of all can make this fail, which is not the process's.
+        let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
+        let request = FaultRequest::new(need, fault.access);
+        let spare = SpareTable::new()?;
+        let result = self.mirror.fault(request, &mut window.0, |commit| {
+            self.translations.map(commit, spare)
+        });
+
+        account.add(Counter::Retries, window.0.retries() as usize);
+        if result.is_ok() {
+            account.add(Counter::Windows, 1);
+        }
+        result
+    }
+}
+
+impl Memory for &Svm {
+    fn read(&mut self, va: usize, buf: &mut [u8]) -> Result<(), Miss> {
+        self.translations.check(va, Access::Read)?;
+        self.mirror.read(va, buf)?;
+        self.account().add(Counter::BytesRead, buf.len());
+        Ok(())
+    }
+
+    fn write(&mut self, va: usize, buf: &[u8]) -> Result<(), Miss> {
+        self.translations.check(va, Access::Write)?;
+        self.mirror.write(va, buf)?;
+        self.account().add(Counter::BytesWritten, buf.len());
+        Ok(())
+    }
+}
+
+/// What it takes to service faults, one after the other.
+pub(crate) struct Window(FaultBuf);
+
+impl Window {
+    /// Allocates it for windows of one of the GPU's tables.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self(FaultBuf::new(TABLE_ORDER)?))
+    }
+}
+
+/// Bounds the faults that are serviced without a page of work in between.
+///
+/// A page may be taken away again before the GPU gets to use it. The core bounds the collisions
+/// with one fault; this bounds how often that may follow.
+pub(crate) struct Patience {
+    steps: u64,
+    faults: u32,
+    since: Instant<Monotonic>,
+}
+
+impl Patience {
+    /// A page of work takes six faults if each of three operands is faulted twice. Beyond these
+    /// time counts; up to them it does not, since each may take as long as a fault handler likes.
+    const FAULTS: u32 = 8;
+    const LIMIT: Delta = Delta::from_secs(10);
+
+    /// Starts at `now`, with nothing done.
+    pub(crate) fn new(now: Instant<Monotonic>) -> Self {
+        Self {
+            steps: 0,
+            faults: 0,
+            since: now,
+        }
+    }
+
+    /// Accounts for a fault at `now`, after `steps` pages of work.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`] if there were too many for too long since the last page of work.
+    pub(crate) fn fault(&mut self, steps: u64, now: Instant<Monotonic>) -> Result {
+        if steps != self.steps {
+            self.steps = steps;
+            self.faults = 0;
+        }
+        self.faults = self.faults.saturating_add(1);
+        if self.faults <= Self::FAULTS {
+            self.since = now;
+        } else if now - self.since > Self::LIMIT {
+            return Err(EBUSY);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(CONFIG_DUMMY_GPU_KUNIT_TEST)]
+#[kunit_tests(dummy_gpu_svm)]
+mod tests {
+    use super::*;
+
+    const SECOND: Delta = Delta::from_secs(1);
+    const HOUR: Delta = Delta::from_secs(3600);
+
+    #[test]
+    fn the_first_faults_of_a_page_may_take_any_time() -> Result {
+        let mut now = Instant::now();
+        let mut patience = Patience::new(now);
+
+        for _ in 0..Patience::FAULTS {
+            now = now + HOUR;
+            patience.fault(0, now)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn any_number_of_faults_may_take_a_short_time() -> Result {
+        let mut now = Instant::now();
+        let mut patience = Patience::new(now);
+
+        for _ in 0..9000 {
+            now = now + Delta::from_millis(1);
+            patience.fault(0, now)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn many_faults_for_a_long_time_are_too_much() -> Result {
+        let mut now = Instant::now();
+        let mut patience = Patience::new(now);
+
+        for _ in 0..Patience::FAULTS + 10 {
+            now = now + SECOND;
+            patience.fault(0, now)?;
+        }
+        assert!(patience.fault(0, now + SECOND) == Err(EBUSY));
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_of_work_starts_the_bound_afresh() -> Result {
+        let mut now = Instant::now();
+        let mut patience = Patience::new(now);
+
+        for step in 0..100 {
+            for _ in 0..Patience::FAULTS + 10 {
+                now = now + SECOND;
+                patience.fault(step, now)?;
+            }
+        }
+        Ok(())
+    }
+}

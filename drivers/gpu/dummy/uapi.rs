@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ioctls: reads and checks what user space passes, calls the layers below, and writes back.
+//!
+//! The one file of the driver that accesses user memory by the process's own mapping, and that
+//! knows the layout of the uAPI structures. All their fields are `__u64`, so they are read and
+//! written as words, by an index that comes from the structure itself.
+//!
+//! C header: [`include/uapi/linux/dummy_gpu.h`](srctree/include/uapi/linux/dummy_gpu.h)
+
+use super::{
+    command::{
+        Command,
+        RawCommand,
+        MAX_LENGTH, //
+    },
+    counters::COUNTERS,
+    job,
+    mmu::TABLE_SIZE,
+    svm::Svm, //
+};
+use core::mem::offset_of;
+use kernel::{
+    ioctl::_IO,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::Arc,
+    uaccess::UserSlice,
+    uapi, //
+};
+
+const INFO: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_INFO);
+const SUBMIT: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_SUBMIT);
+const STATS: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_STATS);
+
+/// The most commands of one submission.
+const MAX_COMMANDS: u64 = 1024;
+
+/// The largest size of a structure, of whatever version.
+const MAX_SIZE: u64 = 4096;
+
+const WORD: usize = size_of::<u64>();
+
+/// The number of words of a structure.
+macro_rules! words {
+    ($type:ident) => {
+        size_of::<uapi::$type>() / WORD
+    };
+}
+
+/// The index of the word that is a field of a structure.
+macro_rules! word {
+    ($type:ident . $field:ident) => {{
+        static_assert!(offset_of!(uapi::$type, $field) % WORD == 0);
+        offset_of!(uapi::$type, $field) / WORD
+    }};
+}
+
+/// The counters are the last fields, in order.
+const FIRST_COUNTER: usize = word!(dummy_gpu_stats.commands);
+static_assert!(FIRST_COUNTER + COUNTERS == words!(dummy_gpu_stats));
+static_assert!(word!(dummy_gpu_stats.pages_mapped) + 1 == words!(dummy_gpu_stats));
+
+/// A structure in user space that may be larger than the `N` words that are known here.
+struct Extensible<const N: usize> {
+    at: UserPtr,
+    size: usize,
+}
+
+impl<const N: usize> Extensible<N> {
+    /// Checks `size`, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if it is below the first version's or no multiple of a word's, [`E2BIG`] if it is
+    /// above [`MAX_SIZE`].
+    fn check_size(size: u64) -> Result<usize> {
+        if size > MAX_SIZE {
+            return Err(E2BIG);
+        }
+        let size = size as usize;
+        if size < N * WORD || size % WORD != 0 {
+            return Err(EINVAL);
+        }
+        Ok(size)
+    }
+
+    /// A structure that starts with its size.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Extensible::check_size`], and [`EFAULT`].
+    fn new(at: UserPtr) -> Result<Self> {
+        let size = Self::check_size(UserSlice::new(at, WORD).reader().read()?)?;
+
+        Ok(Self { at, size })
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    ///
+    /// [`EFAULT`], or [`E2BIG`] if what is not known here is not zero.
+    fn read(&self) -> Result<[u64; N]> {
+        let mut reader = UserSlice::new(self.at, self.size).reader();
+        let known = reader.read()?;
+
+        while !reader.is_empty() {
+            if reader.read::<u64>()? != 0 {
+                return Err(E2BIG);
+            }
+        }
+        Ok(known)
+    }
+
+    /// Writes `words` from the word with index `first` on.
+    ///
+    /// # Errors
+    ///
+    /// [`EFAULT`].
+    fn write<const M: usize>(&self, first: usize, words: &[u64; M]) -> Result {
+        let at = self.at.wrapping_byte_add(first * WORD);
+
+        UserSlice::new(at, M * WORD).writer().write(words)
+    }
+}
+
+/// Handles an ioctl on a file that opened `svm`.
+///
+/// # Errors
+///
+/// Those of the uAPI: see the header.
+pub(crate) fn ioctl(svm: &Arc<Svm>, cmd: u32, arg: usize) -> Result<isize> {
+    let handler = match cmd {
+        INFO => info,
+        SUBMIT => submit,
+        STATS => stats,
+        _ => return Err(ENOTTY),
+    };
+
+    // The addresses in there, and the one that it is at, are of the process that opened the file.
+    if !svm.is_current() {
+        return Err(EPERM);
+    }
+    handler(svm, UserPtr::from_addr(arg)).map(|()| 0)
+}
+
+fn info(_svm: &Arc<Svm>, arg: UserPtr) -> Result {
+    const WORDS: usize = words!(dummy_gpu_info);
+
+    let user = Extensible::<WORDS>::new(arg)?;
+    if user.read()?[word!(dummy_gpu_info.flags)] != 0 {
+        return Err(EINVAL);
+    }
+
+    let mut info = [0; WORDS];
+    info[word!(dummy_gpu_info.size)] = (WORDS * WORD) as u64;
+    info[word!(dummy_gpu_info.page_size)] = PAGE_SIZE as u64;
+    info[word!(dummy_gpu_info.window_size)] = TABLE_SIZE as u64;
+    info[word!(dummy_gpu_info.max_commands)] = MAX_COMMANDS;
+    info[word!(dummy_gpu_info.max_length)] = MAX_LENGTH;
+    user.write(0, &info)
+}
+
+fn stats(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+    const WORDS: usize = words!(dummy_gpu_stats);
+
+    let user = Extensible::<WORDS>::new(arg)?;
+    if user.read()?[word!(dummy_gpu_stats.flags)] != 0 {
+        return Err(EINVAL);
+    }
+
+    let mut stats = [0; WORDS];
+    stats[word!(dummy_gpu_stats.size)] = (WORDS * WORD) as u64;
+    for (word, counter) in stats
+        .iter_mut()
+        .skip(FIRST_COUNTER)
+        .zip(svm.account().counters().read())
+    {
+        *word = counter;
+    }
+    user.write(0, &stats)
+}
+
+fn submit(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+    const WORDS: usize = words!(dummy_gpu_submit);
+    const OUTPUT: usize = word!(dummy_gpu_submit.completed);
+    static_assert!(word!(dummy_gpu_submit.fault_address) == OUTPUT + 1);
+
+    let user = Extensible::<WORDS>::new(arg)?;
+    let submit = user.read()?;
+    if submit[word!(dummy_gpu_submit.flags)] != 0 {
+        return Err(EINVAL);
+    }
+    // So that nothing runs if the outcome could not be told.
+    user.write(word!(dummy_gpu_submit.size), &[(WORDS * WORD) as u64])?;
+    user.write(OUTPUT, &[0, 0])?;
+
+    let commands = commands(
+        svm,
+        submit[word!(dummy_gpu_submit.commands)],
+        submit[word!(dummy_gpu_submit.count)],
+        submit[word!(dummy_gpu_submit.command_size)],
+    )?;
+    let outcome = job::run(svm.clone(), commands)?;
+    let fault_address = outcome.fault_address.unwrap_or(0);
+    let told = user.write(OUTPUT, &[outcome.completed as u64, fault_address as u64]);
+
+    outcome.result.and(told)
+}
+
+/// Reads and checks an array of commands that are to run on `svm`.
+fn commands(svm: &Svm, at: u64, count: u64, command_size: u64) -> Result<KVVec<Command>> {
+    const WORDS: usize = words!(dummy_gpu_command);
+
+    if count == 0 || count > MAX_COMMANDS {
+        return Err(EINVAL);
+    }
+    let size = Extensible::<WORDS>::check_size(command_size)?;
+    let at = usize::try_from(at).map_err(|_| EFAULT)?;
+    let mut commands = KVVec::with_capacity(count as usize, GFP_KERNEL_ACCOUNT)?;
+
+    for index in 0..count as usize {
+        let at = UserPtr::from_addr(at.wrapping_add(index * size));
+        let words = Extensible::<WORDS> { at, size }.read()?;
+        let command = Command::new(&RawCommand {
+            opcode: words[word!(dummy_gpu_command.opcode)],
+            flags: words[word!(dummy_gpu_command.flags)],
+            dst: words[word!(dummy_gpu_command.dst)],
+            src: words[word!(dummy_gpu_command.src)],
+            src2: words[word!(dummy_gpu_command.src2)],
+            length: words[word!(dummy_gpu_command.length)],
+            value: words[word!(dummy_gpu_command.value)],
+            reserved: words[word!(dummy_gpu_command.reserved)],
+        })?;
+        if command.end() > svm.end() {
+            return Err(EFAULT);
+        }
+
+        commands.push(command, GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok(commands)
+}

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#undef TRACE_SYSTEM
+#define TRACE_SYSTEM hmm
+
+#if !defined(_TRACE_HMM_H) || defined(TRACE_HEADER_MULTI_READ)
+#define _TRACE_HMM_H
+
+#include <linux/tracepoint.h>
+
+/**
+ * hmm_fault_busy - a fault for a device ran out of time
+ * @va: the first address that the device needed
+ * @retries: how often an invalidation collided with it
+ *
+ * The driver got -EBUSY.
+ */
+TRACE_EVENT(hmm_fault_busy,
+	    TP_PROTO(unsigned long va, unsigned int retries),
+	    TP_ARGS(va, retries),
+	    TP_STRUCT__entry(__field(unsigned long, va)
+			     __field(unsigned int, retries)),
+	    TP_fast_assign(__entry->va = va;
+			   __entry->retries = retries;),
+	    TP_printk("va=0x%lx retries=%u", __entry->va, __entry->retries)
+);
+
+#endif /* _TRACE_HMM_H */
+
+/* This part must be outside protection */
+#include <trace/define_trace.h>
