@@ -76,9 +76,14 @@ class Kernels:
         own = os.path.join(self.src, KUNITCONFIG)
         return own if os.path.exists(own) else HERE + "/kunit.config"
 
+    def kunit_dir(self):
+        """One directory for each of the two configurations: going from one to the other in a
+        bisection would compile nearly everything anew."""
+        return self.dir("kunit" if self.kunitconfig().startswith(self.src) else "kunit-before")
+
     def kunit_py(self, command, *args, log, timeout, check=True, what=None):
         return run([sys.executable, os.path.join(self.src, "tools/testing/kunit/kunit.py"), command,
-                    "--arch=um", "--build_dir=" + self.dir("kunit")] + list(args), log, cwd=self.src,
+                    "--arch=um", "--build_dir=" + self.kunit_dir()] + list(args), log, cwd=self.src,
                    env=self.tc.env, timeout=timeout, check=check, what=what)
 
     def kunit_build(self):
@@ -89,7 +94,7 @@ class Kernels:
 
     def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT):
         """Boot the KUnit kernel: [(suite.test, PASS|FAIL|SKIP|ERROR)], and the kernel's log."""
-        log = os.path.join(self.dir("kunit"), "test.log")
+        log = os.path.join(self.kunit_dir(), "test.log")
         with scratch("kunit") as tmp:
             result = os.path.join(tmp, "result.json")
             status = self.kunit_py("exec", "--json=" + result, "--timeout=%d" % timeout,

@@ -20,7 +20,8 @@ from common import (CACHE, ENV, Failure, JOBS, TOP, git, git_ok, identity, outpu
 BINDGEN = "0.72.1"              # what is built when no bindgen >= BINDGEN_MIN is in PATH
 BINDGEN_MIN = (0, 71, 1)
 RUSTC_MIN = (1, 85, 0)
-LLVM_MIN, LLVM_TRIED, LLVM_MAX = 17, 19, 29
+LLVM_TRIED, LLVM_MIN = 19, 17
+LLVM_ORDER = (LLVM_TRIED,) + tuple(range(29, LLVM_MIN - 1, -1))
 SUITES = ("trixie-backports", "sid", "experimental")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 KERNEL_ORG = "https://cdn.kernel.org/pub/linux/kernel/v%s.x/linux-%s.tar.xz"
@@ -51,8 +52,8 @@ def base_version():
 # --- packages -------------------------------------------------------------------------------
 
 def llvm():
-    """(suffix, libdir) of the newest complete LLVM >= 17: clang, lld, libclang; or None."""
-    for n in range(LLVM_MAX, LLVM_MIN - 1, -1):
+    """(suffix, libdir) of a complete LLVM >= 17: clang, lld, libclang; or None."""
+    for n in LLVM_ORDER:
         suffix = "-%d" % n
         if all(which(tool + suffix) for tool in ("clang", "ld.lld", "llvm-ar")):
             libdir = libclang("llvm-config" + suffix, "/usr/lib/llvm-%d/lib" % n)
@@ -108,8 +109,7 @@ def codespell():
 
 
 def llvm_package():
-    """The LLVM to install: the one that the series is made with, else the newest."""
-    for n in (LLVM_TRIED,) + tuple(range(LLVM_MAX, LLVM_MIN - 1, -1)):
+    for n in LLVM_ORDER:
         if output("apt-cache", "madison", "clang-%d" % n, check=False):
             return n
     return LLVM_TRIED

@@ -11,6 +11,7 @@ from kernel import KUNITCONFIG
 MUTANTS = os.path.join(HERE, "mutants")
 PLANTED = os.path.join(HERE, "planted.diff")
 MUTANT_TIMEOUT = 60
+SPAN = 4
 
 
 def bisect_step(kernels):
@@ -53,7 +54,7 @@ def diff_of(path):
 def plant(base, head, tree):
     """The series with one more commit: in its middle, or later, where the diff applies and the
     series' own suites run already. A line "After: subject" asks for a later place, e.g. where the
-    test comes that finds the bug. Returns (tip, the commit)."""
+    test comes that finds the bug. Returns (good, the bug, bad): SPAN commits to either side."""
     commits = git(base.repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
     author = identity("series", "series@localhost", "2000-01-01T00:00:00Z")
     after = re.search(r"^After: (.*)", diff_of(PLANTED)[0], re.M)
@@ -68,19 +69,19 @@ def plant(base, head, tree):
             continue
         run(["git", "-C", tree, "commit", "-q", "-m", "plant a bug"], "planted", env=author)
         bug = git(tree, "rev-parse", "HEAD")
-        rest = commits[number:]
+        good, rest = commits[max(0, number - 1 - SPAN)], commits[number:number + SPAN]
         if not rest or run(["git", "-C", tree, "cherry-pick"] + rest, "planted", env=author, check=False) == 0:
-            return git(tree, "rev-parse", "HEAD"), bug
+            return good, bug, git(tree, "rev-parse", "HEAD")
         git(tree, "cherry-pick", "--abort", check=False)
     raise Failure("tools/series/planted.diff applies nowhere in the series", logfile("planted"))
 
 
 def planted(base, head, kernels, worktree):
     """git bisect run, with the script that developers use, finds a commit that breaks a test."""
-    tip, bug = plant(base, head, worktree(base, "apply", head))
-    src = worktree(base, "src", tip)
+    good, bug, bad = plant(base, head, worktree(base, "apply", head))
+    src = worktree(base, "src", bad)
     git(src, "bisect", "reset", check=False)
-    git(src, "bisect", "start", tip, base.commit)
+    git(src, "bisect", "start", bad, good)
     try:
         log = logfile("bisect-run")
         run(["git", "-C", src, "bisect", "run", os.path.join(HERE, "bisect-step"), "--in-cache"], "bisect-run",
