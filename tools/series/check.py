@@ -7,6 +7,7 @@ import re
 import time
 
 import patches
+from compilefail import compile_fail
 from common import ENV, HERE, Failure, git, git_ok, logfile, output, read, run
 
 
@@ -152,7 +153,7 @@ class Lint:
     def build(self):
         """Everything of ours is compiled anew, or its warnings would not be seen again."""
         k, out = self.k, self.k.dir("lint")
-        k.configure("lint", k.kunitconfig(), HERE + "/um.config")
+        k.configure("lint", k.kunitconfig(), HERE + "/um.config", HERE + "/lint.config")
         c_files = [f for f in self.changes.files(".c") if not f.startswith(("rust/", "tools/", "scripts/"))]
         rust = [f for f in self.changes.files(".rs") if not f.startswith(("tools/", "scripts/"))]
         targets = {f[:-2] + ".o" for f in c_files}
@@ -262,3 +263,4 @@ def all_checks(tally, base, head, kernels, worktree):
     if os.path.exists(os.path.join(src, "tools/testing/selftests/hmm/Makefile")):
         with tally.test("lint: no warning in the selftests"):
             selftest_warnings(kernels, changes)
+    compile_fail(tally, kernels)
