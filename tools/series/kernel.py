@@ -49,18 +49,24 @@ class Kernels:
             write(config, text)
             write(mark, text)
         self.make(name, "olddefconfig", what="the configuration of " + name)
+        if self.missing(config, text):
+            # The tree may not have known a symbol yet when this was configured.
+            write(config, text)
+            self.make(name, "olddefconfig", what="the configuration of " + name)
+            for line in self.missing(config, text):
+                raise Failure("%s does not hold in %s" % (line, config))
+
+    def missing(self, config, text):
+        """The lines of the fragments that do not hold, but those for symbols that the tree has not."""
         have = set(read(config).splitlines())
         wanted = {}
         for line in text.splitlines():
             m = re.match(r"(?:# )?(CONFIG_\w+)(=| is not set)", line)
             if m:
                 wanted[m.group(1)] = line
-        for symbol, line in wanted.items():
-            if line in have or (re.search(r"=n$|not set$", line) and
-                                not any(h.startswith(symbol + "=") for h in have)):
-                continue
-            if git_ok(self.src, "grep", "-qE", r"^\s*(menu)?config %s$" % symbol[7:], "--", "*Kconfig*"):
-                raise Failure("%s does not hold in %s" % (line, config))
+        return [line for symbol, line in wanted.items() if line not in have and
+                not (re.search(r"=n$|not set$", line) and not any(h.startswith(symbol + "=") for h in have)) and
+                git_ok(self.src, "grep", "-qE", r"^\s*(menu)?config %s$" % symbol[7:], "--", "*Kconfig*")]
 
     def build(self, name, *fragments):
         self.configure(name, *fragments)
