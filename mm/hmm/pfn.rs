@@ -11,12 +11,12 @@ use kernel::{
     prelude::*, //
 };
 
-const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
-const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
-const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR as usize;
-const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS as usize;
-const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT as usize;
-const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE as usize;
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
+const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
+const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT;
+const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE;
 
 // An all-zero output is a page that is not there but could be faulted: `Pfn::NONE` relies on it.
 static_assert!(VALID & FLAGS == VALID && WRITE & FLAGS == WRITE && ERROR & FLAGS == ERROR);

@@ -21,8 +21,8 @@ use kernel::{
 };
 
 const LEAF_BYTES: usize = PAGE_SIZE << LEAF_ORDER;
-const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
-const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
 
 /// A page of the kernel's own that plays a user's page.
 fn page_with(byte: u8) -> Result<Page> {

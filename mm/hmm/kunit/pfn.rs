@@ -13,11 +13,11 @@ use kernel::{
     prelude::*, //
 };
 
-const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID as usize;
-const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE as usize;
-const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR as usize;
-const DMA_MAPPED: usize = bindings::hmm_pfn_flags_HMM_PFN_DMA_MAPPED as usize;
-const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT as usize;
+const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
+const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
+const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
+const DMA_MAPPED: usize = bindings::hmm_pfn_flags_HMM_PFN_DMA_MAPPED;
+const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
 
 #[kunit_tests(hmm_pfn)]
 mod tests {
