@@ -146,10 +146,26 @@ def tail(log, lines=20):
     return text[max(0, first - 2):first + lines - 2]
 
 
+RUNNING = set()     # what run() waits for; each is a process group of its own
+
+
 def kill_group(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def interrupted(_signal, _frame):
+    """Nothing goes on running when this program is told to end."""
+    for process in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    raise KeyboardInterrupt
+
+
+def handle_signals():
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, interrupted)
 
 
 def run(command, log, cwd=None, env=None, timeout=3600, what=None, check=True, stdin=None):
@@ -160,6 +176,7 @@ def run(command, log, cwd=None, env=None, timeout=3600, what=None, check=True, s
         f.flush()
         process = subprocess.Popen(command, cwd=cwd, env=env or ENV, stdout=f, stderr=subprocess.STDOUT,
                                    stdin=stdin or subprocess.DEVNULL, start_new_session=True)
+        RUNNING.add(process)
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -168,6 +185,8 @@ def run(command, log, cwd=None, env=None, timeout=3600, what=None, check=True, s
         except BaseException:
             kill_group(process)
             raise
+        finally:
+            RUNNING.discard(process)
     if status and check:
         raise Failure("%s failed (status %d)" % (what or " ".join(command[:3]), status), path)
     return status
