@@ -305,18 +305,16 @@ def base_from_tree(path, want):
     """The user's own kernel tree: its objects are borrowed, nothing in it is written."""
     if not git_ok(path, "rev-parse", "--git-dir"):
         raise Failure("KERNEL_TREE=%s is not a git tree; without KERNEL_TREE the source is fetched" % path)
-    if git_ok(path, "rev-parse", "-q", "--verify", "v%s^{commit}" % want):
-        commit = git(path, "rev-parse", "v%s^{commit}" % want)
-    else:
-        commit = git(path, "rev-parse", "HEAD^{commit}")
-        series = ".".join(want.split(".")[:2])
-        found = tree_version(git(path, "show", "HEAD:Makefile", check=False)) or "no kernel"
-        # A branch of one's own on top of the tag has the version too; it is taken as it is.
-        if not found.startswith(series):
-            raise Failure("KERNEL_TREE=%s has no tag v%s, and its HEAD is %s\n  git -C %s fetch --tags "
-                          "(or leave KERNEL_TREE out)" % (path, want, found, path))
-        if found != want:
-            say("  note: KERNEL_TREE is at %s, the series was made on %s" % (found, want))
+    # The tag; or the branch that `make tree` makes; or what is checked out.
+    names = ("v" + want, "base", "HEAD")
+    name = next(n for n in names if n == "HEAD" or git_ok(path, "rev-parse", "-q", "--verify", n + "^{commit}"))
+    commit = git(path, "rev-parse", name + "^{commit}")
+    found = tree_version(git(path, "show", commit + ":Makefile", check=False)) or "no kernel"
+    if found.split(".")[:2] != want.split(".")[:2]:
+        raise Failure("KERNEL_TREE=%s has no tag v%s, and its %s is %s\n  git -C %s fetch --tags "
+                      "(or leave KERNEL_TREE out)" % (path, want, name, found, path))
+    if found != want:
+        say("  note: KERNEL_TREE is at %s, the series was made on %s" % (found, want))
     base = Base(os.path.join(CACHE, "linux-" + commit[:12]))
     if git_ok(base.repo, "cat-file", "-e", "base^{tree}"):
         return base
