@@ -134,7 +134,7 @@ class Kernels:
         if not os.path.exists(where + "/Makefile"):
             raise Failure("the series brings no %s" % SELFTESTS)
         self.make("headers", "headers", arch="x86_64", what="the uapi headers")
-        command = ["make", "-C", where, "OUTPUT=" + out] + self.tc.make + [
+        command = ["make", "-C", where, "OUTPUT=" + out, "LDFLAGS=-static"] + self.tc.make + [
             "KHDR_INCLUDES=-isystem %s/usr/include" % self.dir("headers")]
         run(command + list(options), "build-selftests", env=self.tc.env, what="the build of the selftests")
         names = output(*command, "-s", "--eval=series-print: ; @echo $(TEST_GEN_PROGS)", "series-print",
