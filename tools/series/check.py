@@ -9,6 +9,7 @@ import time
 import patches
 from compilefail import compile_fail
 from common import ENV, HERE, Failure, git, git_ok, logfile, output, read, run
+from kernel import SELFTESTS
 
 
 class Changes:
@@ -38,25 +39,23 @@ class Changes:
         return path in self.added or line in self.lines.get(path, ())
 
 
-def findings(text, src, changes):
-    """The compiler's, clippy's and kernel-doc's warnings in lines of ours."""
-    found, what = [], ""
-    c_style = re.compile(r"^(?:Warning: )?(\S+?):(\d+)(?::\d+)?:? (warning|error|Warning|.*): ?(.*)")
+def findings(text, src, changes, directory=""):
+    """The compiler's, clippy's and kernel-doc's warnings in lines of ours.
+
+    They name files from the root of the tree, or from the directory that is given."""
+    found, rust = [], ""
+    gcc = re.compile(r"^(\S+?):(\d+)(?::\d+)?: (?:fatal )?((?:warning|error): .*)", re.I)
+    kernel_doc = re.compile(r"^(?:Warning|Error): (\S+?):(\d+):? (.*)")
     for line in text.splitlines():
-        m = re.match(r"^(warning|error)(\[\w+\])?: (.*)", line)
-        if m:
-            what = m.group(0)
-        m = re.match(r"^\s*--> (\S+?):(\d+):\d+", line)
-        message = what
+        if re.match(r"(warning|error)(\[\w+\])?: ", line):
+            rust = line
+        place = re.match(r"\s*--> (\S+?):(\d+):\d+", line)
+        m = place or gcc.match(line) or kernel_doc.match(line)
         if not m:
-            m = c_style.match(line)
-            message = line
-        if not m or not re.search(r"warning|error", message, re.I):
             continue
-        path = os.path.normpath(m.group(1))
-        path = os.path.relpath(path, src) if path.startswith(src + "/") else path
+        path = os.path.relpath(os.path.join(src, directory, m.group(1)), src)
         if changes.ours(path, int(m.group(2))):
-            found.append("%s:%s: %s" % (path, m.group(2), message))
+            found.append("%s:%s: %s" % (path, m.group(2), rust if place else m.group(3)))
     return list(dict.fromkeys(found))
 
 
@@ -106,8 +105,8 @@ def checkpatch(tree, patch):
 def rustfmt(src, changes):
     files = changes.files(".rs")
     if files:
-        run(["rustfmt", "--check", "--edition", "2021", "--config-path", os.path.join(src, ".rustfmt.toml")] +
-            files, "rustfmt", cwd=src, what="rustfmt --check")
+        run(["rustfmt", "--check", "--color", "never", "--edition", "2021",
+             "--config-path", os.path.join(src, ".rustfmt.toml")] + files, "rustfmt", cwd=src, what="rustfmt --check")
 
 
 def spdx(src, changes):
@@ -204,7 +203,7 @@ def selftest_warnings(kernels, changes):
     if os.path.exists(log):
         os.unlink(log)
     kernels.programs("USERCFLAGS=-Wall -Wextra")
-    fail_if(findings(read(log), kernels.src, changes))
+    fail_if(findings(read(log), kernels.src, changes, SELFTESTS), log)
 
 
 def all_checks(tally, base, head, kernels, worktree):
@@ -260,7 +259,7 @@ def all_checks(tally, base, head, kernels, worktree):
             if not built:
                 raise Failure("there was no complete build")
             lint.warnings(rust)
-    if os.path.exists(os.path.join(src, "tools/testing/selftests/hmm/Makefile")):
+    if os.path.exists(os.path.join(src, SELFTESTS, "Makefile")):
         with tally.test("lint: no warning in the selftests"):
             selftest_warnings(kernels, changes)
     compile_fail(tally, kernels)
