@@ -11,6 +11,7 @@ use super::{
         Access,
         Pfn, //
     },
+    pool::Pool,
     range::PageRange,
 };
 use kernel::{
@@ -34,15 +35,26 @@ pub(crate) struct Leaf([Pfn; LEAF_PAGES]);
 
 impl Leaf {
     pub(crate) fn new() -> Result<KBox<Self>> {
-        Ok(KBox::new(Self([Pfn::NONE; LEAF_PAGES]), GFP_KERNEL)?)
+        Ok(KBox::new(
+            Self([Pfn::NONE; LEAF_PAGES]),
+            GFP_KERNEL_ACCOUNT,
+        )?)
     }
+}
+
+/// Where a page is.
+#[derive(Copy, Clone, PartialEq, Eq)]
+enum Place {
+    Ram,
+    Device,
 }
 
 /// The entries of a region.
 ///
 /// # Invariants
 ///
-/// Every entry of a leaf was reported by `hmm_range_fault()`, and was not invalidated since.
+/// Every entry of a leaf was reported by `hmm_range_fault()`, and was not invalidated since. It says
+/// that the page is the device's where it is one of a pool, and nowhere else.
 pub(crate) struct Entries {
     range: PageRange,
     leaves: KVec<Option<KBox<Leaf>>>,
@@ -91,6 +103,7 @@ impl Entries {
     ///
     /// `hmm_range_fault()` reported `pfns` for `range`, and no invalidation collided with it since:
     /// the region's lock is held for write and `mmu_interval_read_retry()` returned false under it.
+    /// Those that [`Pool::owns`] says are of a pool are marked so.
     pub(crate) unsafe fn install(
         &mut self,
         range: PageRange,
@@ -135,9 +148,14 @@ impl Entries {
     /// Returns `false`, and copies nothing, if there is no entry to read.
     #[must_use]
     pub(crate) fn read(&self, va: usize, buf: &mut [u8]) -> bool {
-        let Some(page) = self.page(va, buf.len(), Access::Read) else {
+        let Some((page, place)) = self.page(va, buf.len(), Access::Read) else {
             return false;
         };
+        if place == Place::Device {
+            // SAFETY: The page is one of the device, by the type invariants, and as below.
+            unsafe { Pool::read(page, va & !PAGE_MASK, buf) };
+            return true;
+        }
         // SAFETY:
         // - `page()` checked that the bytes lie in one page, and that the page may be read: it is
         //   mapped by the process and stays so while the lock is held, since the notifier takes the
@@ -156,11 +174,18 @@ impl Entries {
     /// Returns `false`, and copies nothing, if there is no entry to write.
     #[must_use]
     pub(crate) fn write(&self, va: usize, buf: &[u8]) -> bool {
-        let Some(page) = self.page(va, buf.len(), Access::Write) else {
+        let Some((page, place)) = self.page(va, buf.len(), Access::Write) else {
             return false;
         };
-        // SAFETY: As in `read()`, with `Access::Write`; `buf` is valid for reads of its length.
-        unsafe { bindings::memcpy_to_page(page, va & !PAGE_MASK, buf.as_ptr().cast(), buf.len()) };
+        let offset = va & !PAGE_MASK;
+        match place {
+            // SAFETY: As in `read()`, with `Access::Write`.
+            Place::Device => unsafe { Pool::write(page, offset, buf) },
+            // SAFETY: As in `read()`, with `Access::Write`; `buf` is valid for reads of its length.
+            Place::Ram => unsafe {
+                bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len())
+            },
+        }
         // A writable PTE may be clean (a page read from swap, say): without this, reclaim would
         // drop what the device wrote. The page cannot be truncated while the lock is held, so the
         // page lock is not needed, as under a page table's lock.
@@ -171,13 +196,18 @@ impl Entries {
     }
 
     /// The page at `va`, if `len` bytes from there lie in it and there is an entry for `access`.
-    fn page(&self, va: usize, len: usize, access: Access) -> Option<*mut bindings::page> {
+    fn page(&self, va: usize, len: usize, access: Access) -> Option<(*mut bindings::page, Place)> {
         let pfn = self.get(va);
         if (va & !PAGE_MASK) + len > PAGE_SIZE || !pfn.allows(access) {
             return None;
         }
         // SAFETY: By the type invariants, the entry was reported by `hmm_range_fault()`, with
         // HMM_PFN_VALID since access is allowed.
-        Some(unsafe { bindings::hmm_pfn_to_page(pfn.present()?) })
+        let page = unsafe { bindings::hmm_pfn_to_page(pfn.present()?) };
+        let place = match pfn.is_device() {
+            true => Place::Device,
+            false => Place::Ram,
+        };
+        Some((page, place))
     }
 }

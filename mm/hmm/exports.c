@@ -22,6 +22,11 @@
 DECLARE_RUST(hmm_mirror_new);
 EXPORT_SYMBOL_GPL(hmm_mirror_new);
 
+#ifdef CONFIG_RUST_HMM_DEVICE
+DECLARE_RUST(hmm_mirror_new_with_pool);
+EXPORT_SYMBOL_GPL(hmm_mirror_new_with_pool);
+#endif
+
 DECLARE_RUST(hmm_mirror_drop);
 EXPORT_SYMBOL_GPL(hmm_mirror_drop);
 
@@ -41,3 +46,23 @@ EXPORT_SYMBOL_GPL(hmm_mirror_write);
 
 DECLARE_RUST(hmm_mirror_fault);
 EXPORT_SYMBOL_GPL(hmm_mirror_fault);
+
+#ifdef CONFIG_RUST_HMM_DEVICE
+
+/* pool.rs */
+
+DECLARE_RUST(hmm_pool_new);
+EXPORT_SYMBOL_GPL(hmm_pool_new);
+
+DECLARE_RUST(hmm_pool_drop);
+EXPORT_SYMBOL_GPL(hmm_pool_drop);
+
+/* migrate.rs */
+
+DECLARE_RUST(hmm_mirror_migrate_to_device);
+EXPORT_SYMBOL_GPL(hmm_mirror_migrate_to_device);
+
+DECLARE_RUST(hmm_mirror_migrate_to_ram);
+EXPORT_SYMBOL_GPL(hmm_mirror_migrate_to_ram);
+
+#endif

@@ -23,9 +23,13 @@ use super::{
         Pfn,
         State, //
     },
+    pool::Pool,
     range::PageRange,
 };
-use core::marker::PhantomData;
+use core::{
+    marker::PhantomData,
+    ptr::null_mut, //
+};
 use kernel::{
     bindings,
     error::to_result,
@@ -55,6 +59,9 @@ pub struct FaultRequest {
     timeout_ms: u32,
 }
 
+/// The time for retries where a driver does not say, in milliseconds.
+pub(crate) const DEFAULT_TIMEOUT_MS: u32 = bindings::HMM_RANGE_DEFAULT_TIMEOUT;
+
 impl FaultRequest {
     /// Asks for `access` to the pages of `need`.
     ///
@@ -66,7 +73,7 @@ impl FaultRequest {
         Self {
             need,
             access,
-            timeout_ms: bindings::HMM_RANGE_DEFAULT_TIMEOUT,
+            timeout_ms: DEFAULT_TIMEOUT_MS,
         }
     }
 
@@ -107,7 +114,7 @@ impl FaultBuf {
         }
         Ok(Self {
             order,
-            pfns: KVec::from_elem(0, 1 << order, GFP_KERNEL)?,
+            pfns: KVec::from_elem(0, 1 << order, GFP_KERNEL_ACCOUNT)?,
             spare: None,
             retries: 0,
         })
@@ -118,45 +125,46 @@ impl FaultBuf {
     pub fn retries(&self) -> u32 {
         self.retries
     }
+}
 
-    /// Fills the buffer with what is known of `range`, after a fault for `access` to all of it, if
-    /// any. Returns the sequence.
-    ///
-    /// # Errors
-    ///
-    /// Those of `hmm_range_fault_unlocked_timeout()`.
-    fn fill(
-        &mut self,
-        region: &Region,
-        range: PageRange,
-        access: Option<Access>,
-        timeout_ms: u32,
-    ) -> Result<usize> {
-        let pfns = self.pfns.get_mut(..range.pages()).ok_or(EINVAL)?;
-        pfns.fill(0);
-        // The C loop starts again with its own output as the input, where HMM_PFN_VALID and
-        // HMM_PFN_WRITE would ask for a fault: the mask makes it look at the default flags only.
-        let mut range = bindings::hmm_range {
-            notifier: region.notifier(),
-            notifier_seq: 0,
-            start: range.start(),
-            end: range.end(),
-            hmm_pfns: pfns.as_mut_ptr(),
-            default_flags: request(access),
-            pfn_flags_mask: 0,
-            dev_private_owner: core::ptr::null_mut(),
-        };
-        // SAFETY: The notifier is inserted and spans the range, by the invariants of `Region` and
-        // `Window`; its mm has users, since the caller runs on it, and mmap_lock is not held, since
-        // no guard of it outlives `Window::new`. `hmm_pfns` has an element for each page.
-        to_result(unsafe {
-            bindings::hmm_range_fault_unlocked_timeout(
-                &mut range,
-                msecs_to_jiffies(timeout_ms).max(1),
-            )
-        })?;
-        Ok(range.notifier_seq)
-    }
+/// Fills `pfns`, one element a page, with what is known of `range`, after a fault for `access` to
+/// all of it, if any. Returns the sequence.
+///
+/// `owner` is that of the pool whose pages are reported; those of other devices come home when they
+/// are faulted.
+///
+/// # Errors
+///
+/// Those of `hmm_range_fault_unlocked_timeout()`.
+pub(crate) fn report(
+    region: &Region,
+    range: PageRange,
+    access: Option<Access>,
+    owner: *mut c_void,
+    timeout_ms: u32,
+    pfns: &mut [usize],
+) -> Result<usize> {
+    let pfns = pfns.get_mut(..range.pages()).ok_or(EINVAL)?;
+    pfns.fill(0);
+    // The C loop starts again with its own output as the input, where HMM_PFN_VALID and
+    // HMM_PFN_WRITE would ask for a fault: the mask makes it look at the default flags only.
+    let mut range = bindings::hmm_range {
+        notifier: region.notifier(),
+        notifier_seq: 0,
+        start: range.start(),
+        end: range.end(),
+        hmm_pfns: pfns.as_mut_ptr(),
+        default_flags: request(access),
+        pfn_flags_mask: 0,
+        dev_private_owner: owner,
+    };
+    // SAFETY: The notifier is inserted, and spans the range: callers clip it to the region. Its mm
+    // has users, since the callers run on it, and they do not hold mmap_lock. `hmm_pfns` has an
+    // element for each page.
+    to_result(unsafe {
+        bindings::hmm_range_fault_unlocked_timeout(&mut range, msecs_to_jiffies(timeout_ms).max(1))
+    })?;
+    Ok(range.notifier_seq)
 }
 
 /// Proof that what was reported of a window still holds.
@@ -179,11 +187,22 @@ pub enum Entry<'c> {
     Error,
     /// A page of RAM.
     Ram(Ram<'c>),
+    /// A page in the memory of the device.
+    Device(Device<'c>),
 }
 
 /// A page of RAM, by what the device may do with it.
 #[derive(Debug)]
 pub enum Ram<'c> {
+    /// Read it.
+    Read(ReadPage<'c>),
+    /// Read and write it.
+    Write(WritePage<'c>),
+}
+
+/// A page in the memory of the device, by what the device may do with it.
+#[derive(Debug)]
+pub enum Device<'c> {
     /// Read it.
     Read(ReadPage<'c>),
     /// Read and write it.
@@ -239,7 +258,7 @@ impl<'c> Commit<'c> {
         self.window
             .page_addrs()
             .zip(self.pfns)
-            .map(|(va, &raw)| (va, Entry::new(va, Pfn::from_output(raw))))
+            .map(|(va, &raw)| (va, Entry::new(va, Pfn::from_raw(raw))))
     }
 }
 
@@ -247,11 +266,14 @@ impl Entry<'_> {
     #[inline]
     fn new(va: usize, pfn: Pfn) -> Self {
         let _commit = PhantomData;
-        match pfn.state() {
-            State::Hole => Self::Hole,
-            State::Error => Self::Error,
-            State::Present(Access::Read) => Self::Ram(Ram::Read(ReadPage { va, _commit })),
-            State::Present(Access::Write) => Self::Ram(Ram::Write(WritePage { va, _commit })),
+        let (read, write) = (ReadPage { va, _commit }, WritePage { va, _commit });
+        match (pfn.state(), pfn.is_device()) {
+            (State::Hole, _) => Self::Hole,
+            (State::Error, _) => Self::Error,
+            (State::Present(Access::Read), false) => Self::Ram(Ram::Read(read)),
+            (State::Present(Access::Write), false) => Self::Ram(Ram::Write(write)),
+            (State::Present(Access::Read), true) => Self::Device(Device::Read(read)),
+            (State::Present(Access::Write), true) => Self::Device(Device::Write(write)),
         }
     }
 }
@@ -315,6 +337,7 @@ impl Window {
 pub(crate) struct Snapshot<'b> {
     window: Window,
     seq: usize,
+    owner: *mut c_void,
     buf: &'b mut FaultBuf,
 }
 
@@ -327,6 +350,7 @@ impl<'b> Snapshot<'b> {
     pub(crate) fn take(
         region: &Region,
         window: Window,
+        owner: *mut c_void,
         buf: &'b mut FaultBuf,
         timeout_ms: u32,
     ) -> Result<Self> {
@@ -336,11 +360,32 @@ impl<'b> Snapshot<'b> {
 
         // What is needed comes first and alone: asked for one page of a range that has no page
         // table yet, mm faults the range. The rest of the window is then only looked at.
-        let mut seq = buf.fill(region, window.needed, Some(window.access), timeout_ms)?;
-        if window.window != window.needed {
-            seq = buf.fill(region, window.window, None, timeout_ms)?;
+        let access = window.access;
+        let pfns = &mut buf.pfns[..];
+        let mut seq = report(region, window.needed, Some(access), owner, timeout_ms, pfns)?;
+        let mut stale = window.window != window.needed;
+
+        // A page of the device that it may only read, after a fork, is reported as it is, whatever
+        // was asked for. To write, a copy is needed, and that is the CPU's to make: such a page is
+        // faulted as one that nobody knows, which brings it home.
+        for (va, raw) in window.needed.page_addrs().zip(&mut buf.pfns) {
+            if !Pfn::from_output(*raw).allows(access) {
+                let page = PageRange::from_len(va, PAGE_SIZE)?;
+                let raw = core::slice::from_mut(raw);
+                report(region, page, Some(access), null_mut(), timeout_ms, raw)?;
+                stale = true;
+            }
         }
-        Ok(Self { window, seq, buf })
+        if stale {
+            let pfns = &mut buf.pfns[..];
+            seq = report(region, window.window, None, owner, timeout_ms, pfns)?;
+        }
+        Ok(Self {
+            window,
+            seq,
+            owner,
+            buf,
+        })
     }
 
     /// Makes the report the region's entries and calls `f`, unless it is stale.
@@ -349,26 +394,35 @@ impl<'b> Snapshot<'b> {
     ///
     /// [`EINTR`] if a fatal signal ends the wait for the lock.
     pub(crate) fn commit(self, region: &Region, f: &mut dyn FnMut(&Commit<'_>)) -> Result<bool> {
-        let Self { window, seq, buf } = self;
-        let pfns = buf.pfns.get(..window.window.pages()).ok_or(EINVAL)?;
+        let Self {
+            window,
+            seq,
+            owner,
+            buf,
+        } = self;
+        let pfns = buf.pfns.get_mut(..window.window.pages()).ok_or(EINVAL)?;
 
         let mut entries = region.entries().write_killable()?;
         if region.read_retry(seq, &entries) {
             return Ok(false);
         }
-        // What was needed may have gone before the window was looked at.
-        let lost = |(va, &raw): (usize, &usize)| {
-            window.needed.contains(va) && !Pfn::from_output(raw).allows(window.access)
-        };
-        if window.window.page_addrs().zip(pfns).any(lost) {
-            return Ok(false);
+        for (va, raw) in window.window.page_addrs().zip(pfns.iter_mut()) {
+            // SAFETY: `hmm_range_fault()` reported it, and the sequence was checked under the lock.
+            let pfn = unsafe { identify(Pfn::from_output(*raw), owner) };
+            // What was needed may have gone before the window was looked at.
+            if window.needed.contains(va) && !pfn.allows(window.access) {
+                return Ok(false);
+            }
+            *raw = pfn.into_raw();
         }
+        let pfns = &*pfns;
         // SAFETY: `Snapshot::take` got the array from `hmm_range_fault()` for this window; the lock
-        // is held for write, and the sequence was checked under it.
+        // is held for write, and the sequence was checked under it. `identify()` has marked the
+        // device's pages.
         unsafe {
             entries.install(
                 window.window,
-                pfns.iter().map(|&raw| Pfn::from_output(raw)),
+                pfns.iter().map(|&raw| Pfn::from_raw(raw)),
                 &mut buf.spare,
             )
         }?;
@@ -378,6 +432,23 @@ impl<'b> Snapshot<'b> {
             pfns,
         });
         Ok(true)
+    }
+}
+
+/// Marks the page as the device's if it is one of the pool of `owner`.
+///
+/// # Safety
+///
+/// `hmm_range_fault()` has reported `pfn`, and the page cannot go: the region's lock is held and no
+/// invalidation has collided.
+unsafe fn identify(pfn: Pfn, owner: *mut c_void) -> Pfn {
+    let Some(raw) = pfn.present() else {
+        return pfn;
+    };
+    // SAFETY: The page is there, by the caller's promise.
+    match unsafe { Pool::owns(owner, bindings::hmm_pfn_to_page(raw)) } {
+        true => pfn.with_device(),
+        false => pfn,
     }
 }
 
@@ -446,12 +517,13 @@ impl Mirror {
         }
         let region = self.region_or_insert(mm, req.need.start())?;
         let mut window = Window::new(mm, &region, req, buf.order)?;
+        let owner = Pool::owner(self.pool());
 
         // Started by the first collision: what fault handlers took before it does not count.
         let mut begin = None;
         let timeout = Delta::from_millis(req.timeout_ms.into());
         loop {
-            match Snapshot::take(&region, window, buf, req.timeout_ms) {
+            match Snapshot::take(&region, window, owner, buf, req.timeout_ms) {
                 Ok(snapshot) => {
                     before_commit();
                     if snapshot.commit(&region, f)? {

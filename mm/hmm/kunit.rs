@@ -2,11 +2,19 @@
 
 //! KUnit suites, one a source file of the crate.
 
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod device;
 mod entries;
 mod fault;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub(crate) mod migrate;
 mod mirror;
 mod pfn;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod pool;
 mod range;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod slots;
 
 use super::{
     mirror::{

@@ -3,8 +3,8 @@
 //! Heterogeneous memory management for drivers written in Rust.
 //!
 //! A device that shares a process's address space needs three things of mm: to fault the process's
-//! pages, to know what it may see of them, and to hear when that ends. This crate gives a driver
-//! those, and nothing else of mm.
+//! pages, to know what it may see of them, and to hear when that ends. One that has memory of its
+//! own needs a fourth: to have pages there. This crate gives a driver those, and nothing else of mm.
 //!
 //! # The contract
 //!
@@ -20,6 +20,10 @@
 //!   lock, after the sequence was checked.
 //! - A [`Commit`] gives one [`Entry`] a page, clamped to the window. A page that the device may
 //!   write is a [`WritePage`]; nothing else is. Neither a `struct page` nor a pfn leaves the core.
+//! - A [`DevicePool`] makes a device's memory a place for pages. What is where is the core's to know:
+//!   [`Mirror::migrate_to_device`] moves pages there, the CPU's touch or a full pool moves them back,
+//!   and a device that faults a page gets it where it is. The driver copies when it is told to
+//!   ([`PoolOps::copy`]). Whatever fails, a page is where it was, with what it held.
 //! - Units are bytes for addresses, pages for counts, orders for sizes. A [`PageRange`] is aligned,
 //!   not empty and does not wrap.
 //!
@@ -29,12 +33,17 @@
 //! own come after it. Under a region's lock nothing allocates in a way that waits, drops an mm or
 //! accesses user memory.
 //!
+//! A pool's list of chunks comes before `mmap_lock`; the locks of pages come after that. While pages
+//! are locked the driver copies, and nothing waits for room in a pool.
+//!
 //! # Layers
 //!
 //! A driver uses this crate and `kernel`; this crate uses mm. Unsafe code is here, and not above.
 //! What a driver's code links to is listed in `exports.c`, GPL-only; all of it is used in-tree.
 //!
 //! C headers: [`include/linux/hmm.h`](srctree/include/linux/hmm.h),
+//! [`include/linux/memremap.h`](srctree/include/linux/memremap.h),
+//! [`include/linux/migrate.h`](srctree/include/linux/migrate.h),
 //! [`include/linux/mmu_notifier.h`](srctree/include/linux/mmu_notifier.h)
 //!
 //! Reference: <https://docs.kernel.org/mm/hmm-rust.html>
@@ -43,23 +52,44 @@
 // Stable since Rust 1.89.0, and what the KUnit macros use.
 #![feature(used_with_arg)]
 
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod copy;
 mod entries;
 mod fault;
 #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
 mod kunit;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod migrate;
 mod mirror;
 mod pfn;
+#[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "nopool.rs")]
+mod pool;
 mod range;
 mod rwsem;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod slots;
 
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use copy::{
+    CopyBatch,
+    CopyOp,
+    DeviceRange, //
+};
 pub use fault::{
     Commit,
+    Device,
     Entry,
     FaultBuf,
     FaultRequest,
     Ram,
     ReadPage,
     WritePage, //
+};
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use migrate::{
+    MigrateBuf,
+    MigrateReason,
+    Migrated, //
 };
 pub use mirror::{
     Invalidate,
@@ -70,6 +100,12 @@ pub use mirror::{
     Miss, //
 };
 pub use pfn::Access;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use pool::{
+    DevicePool,
+    PageData,
+    PoolOps, //
+};
 pub use range::PageRange;
 
 /// Prefix to appear before log messages printed from within the crate.

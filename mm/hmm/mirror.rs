@@ -8,12 +8,18 @@
 //!
 //! C header: [`include/linux/mmu_notifier.h`](srctree/include/linux/mmu_notifier.h)
 
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+use super::pool::{
+    DevicePool,
+    PoolOps, //
+};
 use super::{
     entries::{
         Entries,
         LEAF_ORDER, //
     },
     pfn::Access,
+    pool::Pool,
     range::PageRange,
     rwsem::RwSem,
 };
@@ -329,6 +335,8 @@ struct Inner {
     regions: MapleTree<Arc<Region>>,
     mm: ARef<Mm>,
     ops: Arc<dyn MirrorOps>,
+    /// The memory of the device, if it has any.
+    pool: Option<Arc<Pool>>,
 }
 
 /// The mirror of one process's address space for one device.
@@ -364,6 +372,26 @@ impl Mirror {
     #[inline(never)]
     #[export_name = "hmm_mirror_new"]
     pub fn new(ops: Arc<dyn MirrorOps>) -> Result<Self> {
+        Self::with(ops, None)
+    }
+
+    /// Mirrors the address space of the current task, for a device that has memory of its own.
+    ///
+    /// Pages that are in there are entries like others. The rest is as for [`Mirror::new`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Mirror::new`].
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    #[inline]
+    pub fn new_with_pool<T: PoolOps>(
+        ops: Arc<dyn MirrorOps>,
+        pool: &DevicePool<T>,
+    ) -> Result<Self> {
+        mirror_new_with_pool(ops, pool.pool())
+    }
+
+    fn with(ops: Arc<dyn MirrorOps>, pool: Option<Arc<Pool>>) -> Result<Self> {
         let current = kernel::current!();
         let mm = current.mm().ok_or(EINVAL)?;
 
@@ -371,6 +399,7 @@ impl Mirror {
             regions <- MapleTree::new(),
             mm: ARef::from(&**mm),
             ops,
+            pool,
         });
         let this = Self {
             inner: ManuallyDrop::new(KBox::pin_init(init, GFP_KERNEL)?),
@@ -470,6 +499,10 @@ impl Mirror {
             .ok_or(EPERM)
     }
 
+    pub(crate) fn pool(&self) -> Option<&Arc<Pool>> {
+        self.inner.pool.as_ref()
+    }
+
     /// The region of `va`, if there is one yet.
     pub(crate) fn region(&self, va: usize) -> Option<Arc<Region>> {
         self.inner
@@ -506,6 +539,13 @@ impl Mirror {
             },
         }
     }
+}
+
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+#[inline(never)]
+#[export_name = "hmm_mirror_new_with_pool"]
+fn mirror_new_with_pool(ops: Arc<dyn MirrorOps>, pool: &Arc<Pool>) -> Result<Mirror> {
+    Mirror::with(ops, Some(pool.clone()))
 }
 
 impl Drop for Mirror {

@@ -23,6 +23,11 @@ static_assert!(VALID & FLAGS == VALID && WRITE & FLAGS == WRITE && ERROR & FLAGS
 static_assert!(VALID != 0 && WRITE != 0 && ERROR != 0);
 static_assert!(VALID & WRITE == 0 && VALID & ERROR == 0 && WRITE & ERROR == 0);
 
+/// Says of a page that it is in the memory of the device. The order is not kept, so its bits are
+/// free.
+const DEVICE: usize = 1 << bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
+static_assert!(DEVICE & FLAGS == DEVICE && DEVICE & (VALID | WRITE | ERROR) == 0);
+
 /// What the device wants to do with a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -77,6 +82,30 @@ impl Pfn {
         }
     }
 
+    /// The same page, known to be in the memory of the device.
+    #[inline]
+    pub(crate) const fn with_device(self) -> Self {
+        Self(self.0 | DEVICE)
+    }
+
+    /// Whether the page is in the memory of the device.
+    #[inline]
+    pub(crate) const fn is_device(self) -> bool {
+        self.0 & DEVICE != 0
+    }
+
+    /// The value, for [`Pfn::from_raw`].
+    #[inline]
+    pub(crate) const fn into_raw(self) -> usize {
+        self.0
+    }
+
+    /// What [`Pfn::into_raw`] returned.
+    #[inline]
+    pub(crate) const fn from_raw(raw: usize) -> Self {
+        Self(raw)
+    }
+
     /// Decodes the state.
     #[inline]
     pub(crate) const fn state(self) -> State {
@@ -106,6 +135,16 @@ impl Pfn {
         match self.state() {
             State::Present(_) => Some(self.0),
             State::Hole | State::Error => None,
+        }
+    }
+
+    /// The pfn, if the page is there.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    #[inline]
+    pub(crate) const fn pfn(self) -> Option<usize> {
+        match self.present() {
+            Some(raw) => Some(raw & !FLAGS),
+            None => None,
         }
     }
 }

@@ -92,9 +92,16 @@ class Kernels:
                     "--arch=um", "--build_dir=" + self.kunit_dir()] + list(args), log, cwd=self.src,
                    env=self.tc.env, timeout=timeout, check=check, what=what)
 
+    def kunit_um(self):
+        """The lines for the suite of arch/um, which no kunitconfig for all architectures can have."""
+        if not os.path.exists(os.path.join(self.src, "arch/um/kernel/vmemmap_kunit.c")):
+            return []
+        return ["CONFIG_%s=y" % s for s in ("SPARSEMEM_MANUAL", "MEMORY_HOTPLUG", "MEMORY_HOTREMOVE", "ZONE_DEVICE",
+                                            "DEVICE_PRIVATE", "UML_VMEMMAP_KUNIT_TEST")]
+
     def kunit_build(self):
         self.kunit_py("build", "--kunitconfig=" + self.kunitconfig(), "--jobs=" + JOBS,
-                      "--kconfig_add=CONFIG_LOCALVERSION_AUTO=n",
+                      *("--kconfig_add=" + line for line in ["CONFIG_LOCALVERSION_AUTO=n"] + self.kunit_um()),
                       *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
                       what="the build of the KUnit kernel")
 

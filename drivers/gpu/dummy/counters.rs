@@ -36,13 +36,23 @@ pub(crate) enum Counter {
     Retries,
     /// Pages in the GPU's page table now.
     PagesMapped,
+    /// Pages that moved to the GPU's memory.
+    PagesToDevice,
+    /// Pages that moved back for the CPU.
+    PagesTouched,
+    /// Pages that moved back for others.
+    PagesEvicted,
+    /// Pages that moved back on request.
+    PagesToSystem,
+    /// Pages in the GPU's memory now.
+    DevicePages,
 }
 
 /// The number of counters.
 pub(crate) const COUNTERS: usize = NAMES.len();
 
 /// Their names, in order.
-pub(crate) const NAMES: [&str; 9] = [
+pub(crate) const NAMES: [&str; 14] = [
     "commands",
     "bytes_read",
     "bytes_written",
@@ -52,9 +62,14 @@ pub(crate) const NAMES: [&str; 9] = [
     "invalidated_pages",
     "retries",
     "pages_mapped",
+    "pages_to_device",
+    "pages_touched",
+    "pages_evicted",
+    "pages_to_system",
+    "device_pages",
 ];
 
-static_assert!(Counter::PagesMapped as usize + 1 == COUNTERS);
+static_assert!(Counter::DevicePages as usize + 1 == COUNTERS);
 
 /// A set of counters.
 ///
@@ -138,11 +153,13 @@ mod tests {
         counters.add(Counter::Commands, 1);
         counters.add(Counter::Faults, 2);
         counters.add(Counter::PagesMapped, 3);
+        counters.add(Counter::DevicePages, 4);
         for (name, value) in NAMES.iter().zip(counters.read()) {
             let expected = match *name {
                 "commands" => 1,
                 "faults" => 2,
                 "pages_mapped" => 3,
+                "device_pages" => 4,
                 _ => 0,
             };
             assert_eq!(value, expected);

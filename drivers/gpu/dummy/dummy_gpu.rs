@@ -10,6 +10,8 @@
 //! - `job`: one submission; the engine's turns and the submitting task's.
 //! - `engine`, `command`: what the GPU computes. Pure.
 //! - `svm`: the address space of a process for the GPU; services GPU page faults through `hmm`.
+//! - `policy`: which memory is to be where. Pure.
+//! - `vram`: the GPU's memory and its copy engine.
 //! - `mmu`: the GPU's page table. Pure.
 //! - `counters`: what all of them count.
 //!
@@ -26,17 +28,29 @@ mod engine;
 mod gpu;
 mod job;
 mod mmu;
+mod policy;
 mod svm;
 mod uapi;
+#[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "novram.rs")]
+mod vram;
 
 use gpu::Instance;
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sizes::SZ_1M, //
+};
 
 module! {
     type: DummyGpu,
     name: "dummy_gpu",
     description: "Dummy GPU to test Rust HMM",
     license: "GPL",
+    params: {
+        vram_mb: u32 {
+            default: 64,
+            description: "Memory of each instance in MiB, up to 1024, or 0 for none (default 64)",
+        },
+    },
 }
 
 #[pin_data]
@@ -50,10 +64,15 @@ struct DummyGpu {
 impl kernel::InPlaceModule for DummyGpu {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         let root = kernel::debugfs::Dir::new(c"dummy_gpu");
+        let vram_size = if cfg!(CONFIG_RUST_HMM_DEVICE) {
+            module_parameters::vram_mb.value() as usize * SZ_1M
+        } else {
+            0
+        };
 
         try_pin_init!(Self {
-            _gpu0 <- Instance::new(c"dummy_gpu0", &root),
-            _gpu1 <- Instance::new(c"dummy_gpu1", &root),
+            _gpu0 <- Instance::new(c"dummy_gpu0", &root, vram_size),
+            _gpu1 <- Instance::new(c"dummy_gpu1", &root, vram_size),
         })
     }
 }

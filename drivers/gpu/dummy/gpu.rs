@@ -2,8 +2,8 @@
 
 //! The instances of the device, and their open files.
 //!
-//! An instance is a faux device, a node in /dev and counters. Opening the node gives the GPU the
-//! address space of the process that opens it, for as long as the file is open. Owns the layers
+//! An instance is a faux device, a node in /dev, memory and counters. Opening the node gives the GPU
+//! the address space of the process that opens it, for as long as the file is open. Owns the layers
 //! below, and passes the ioctls to [`uapi`].
 
 use super::{
@@ -13,7 +13,8 @@ use super::{
     },
     debugfs::InstanceDir,
     svm::Svm,
-    uapi, //
+    uapi,
+    vram::Vram, //
 };
 use kernel::{
     debugfs,
@@ -32,6 +33,7 @@ use kernel::{
 pub(crate) struct Gpu {
     counters: Arc<Counters>,
     dir: InstanceDir,
+    vram: Option<Arc<Vram>>,
 }
 
 /// An instance of the device.
@@ -46,7 +48,8 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    /// Registers an instance, with its directory in `root` of debugfs.
+    /// Registers an instance, with its directory in `root` of debugfs and `vram_size` bytes of
+    /// memory.
     ///
     /// # Errors
     ///
@@ -54,17 +57,26 @@ impl Instance {
     pub(crate) fn new<'a>(
         name: &'static CStr,
         root: &'a debugfs::Dir,
+        vram_size: usize,
     ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
             let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
             let dir = InstanceDir::new(root, name);
             let device = faux::Registration::new(name, None)?;
+            let vram = match vram_size {
+                0 => None,
+                size => Some(Arc::new(Vram::new(name, size)?, GFP_KERNEL)?),
+            };
 
             Ok(try_pin_init!(Self {
                 _stats <- dir.instance(counters.clone()),
                 _node <- MiscDeviceRegistration::register(
                     MiscDeviceOptions { name },
-                    Gpu { counters, dir },
+                    Gpu {
+                        counters,
+                        dir,
+                        vram,
+                    },
                 ),
                 _device: device,
             }? Error))
@@ -87,10 +99,8 @@ impl MiscDevice for OpenFile {
 
     fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
         let gpu = misc.data();
-        let svm = Arc::new(
-            Svm::new(Account::new(gpu.counters.clone()))?,
-            GFP_KERNEL_ACCOUNT,
-        )?;
+        let account = Arc::new(Account::new(gpu.counters.clone()), GFP_KERNEL_ACCOUNT)?;
+        let svm = Svm::new(account, gpu.vram.clone())?;
         let name = gpu.dir.name_file()?;
 
         KBox::try_pin_init(

@@ -2,12 +2,12 @@
 
 //! Shared virtual memory: a process's address space, as the GPU sees it.
 //!
-//! The one file of the driver that talks to `hmm` about memory. The GPU's page table ([`Mmu`]) says
-//! what the GPU may access. What it does not allow is a GPU page fault, which [`Svm::service`]
+//! The one file of the driver that asks `hmm` for memory. The GPU's page table ([`Mmu`]) says what
+//! the GPU may access. What it does not allow is a GPU page fault, which [`Svm::service`]
 //! turns into entries, in windows of up to one of the GPU's tables; what mm takes back leaves the
 //! page table in [`Translations::invalidate`]. The bytes themselves are copied by the core, which
 //! looks up its own entry for each access: should the page table ever allow too much, the access
-//! misses there.
+//! misses there. Before that pages are moved to where their policy says, as far as they can be.
 //!
 //! Lock order: the region's lock (taken by the core, around the calls that it makes here), then the
 //! lock of the page table.
@@ -25,11 +25,20 @@ use super::{
         Mmu,
         SpareTable,
         TABLE_ORDER, //
+    },
+    policy::{
+        Policies,
+        Policy, //
+    },
+    vram::{
+        MoveBuf,
+        Vram, //
     }, //
 };
 use hmm::{
     Access,
     Commit,
+    Device,
     Entry,
     FaultBuf,
     FaultRequest,
@@ -42,10 +51,12 @@ use hmm::{
     Ram, //
 };
 use kernel::{
+    new_mutex,
     new_spinlock,
     prelude::*,
     sync::{
         Arc,
+        Mutex,
         SpinLock, //
     },
     time::{
@@ -60,7 +71,7 @@ use kernel::{
 struct Translations {
     #[pin]
     mmu: SpinLock<Mmu>,
-    account: Account,
+    account: Arc<Account>,
 }
 
 impl Translations {
@@ -73,16 +84,20 @@ impl Translations {
         }
     }
 
-    /// Maps the pages that `commit` proves to be there.
-    fn map(&self, commit: &Commit<'_>, spare: SpareTable) {
+    /// Maps the pages that `commit` proves to be there. Those of RAM that were not needed only if
+    /// they are to stay there: else they should move first, when they are needed.
+    fn map(&self, commit: &Commit<'_>, spare: SpareTable, ram_stays: bool) {
         let mut new = 0;
         let mut mmu = self.mmu.lock();
         let mut table = mmu.table(commit.range().start(), spare);
 
-        for (_, entry) in commit.entries() {
+        for (va, entry) in commit.entries() {
+            let ram_stays = ram_stays || commit.needed().contains(va);
             new += usize::from(match entry {
-                Entry::Ram(Ram::Read(page)) => table.map(&page),
-                Entry::Ram(Ram::Write(page)) => table.map_writable(&page),
+                Entry::Device(Device::Read(page)) => table.map(&page),
+                Entry::Device(Device::Write(page)) => table.map_writable(&page),
+                Entry::Ram(Ram::Read(page)) if ram_stays => table.map(&page),
+                Entry::Ram(Ram::Write(page)) if ram_stays => table.map_writable(&page),
                 _ => false,
             });
         }
@@ -104,10 +119,33 @@ impl MirrorOps for Translations {
     }
 }
 
+/// Where memory is to be.
+#[derive(Copy, Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In RAM.
+    System,
+    /// In the GPU's memory.
+    Device,
+}
+
+/// How far a prefetch went.
+pub(crate) struct Prefetched {
+    /// Whether it is complete, or why not.
+    pub(crate) result: Result,
+    /// The bytes that were looked at.
+    pub(crate) done: usize,
+    /// The pages that moved.
+    pub(crate) pages: usize,
+}
+
 /// The address space of one process, for the GPU.
+#[pin_data]
 pub(crate) struct Svm {
     mirror: Mirror,
     translations: Arc<Translations>,
+    vram: Option<Arc<Vram>>,
+    #[pin]
+    policies: Mutex<Policies>,
 }
 
 impl Svm {
@@ -116,7 +154,7 @@ impl Svm {
     /// # Errors
     ///
     /// [`EINVAL`] if the task has none, [`ENOMEM`].
-    pub(crate) fn new(account: Account) -> Result<Self> {
+    pub(crate) fn new(account: Arc<Account>, vram: Option<Arc<Vram>>) -> Result<Arc<Self>> {
         let translations = Arc::pin_init(
             pin_init!(Translations {
                 mmu <- new_spinlock!(Mmu::new(), "dummy_gpu::mmu"),
@@ -125,10 +163,19 @@ impl Svm {
             GFP_KERNEL_ACCOUNT,
         )?;
 
-        Ok(Self {
-            mirror: Mirror::new(translations.clone())?,
-            translations,
-        })
+        let mirror = match &vram {
+            Some(vram) => vram.mirror(translations.clone())?,
+            None => Mirror::new(translations.clone())?,
+        };
+        Arc::pin_init(
+            pin_init!(Self {
+                mirror,
+                translations,
+                vram,
+                policies <- new_mutex!(Policies::new(), "dummy_gpu::policies"),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
     }
 
     /// Whether the current task runs in this address space.
@@ -142,13 +189,98 @@ impl Svm {
     }
 
     /// What is counted for this address space.
-    pub(crate) fn account(&self) -> &Account {
+    pub(crate) fn account(&self) -> &Arc<Account> {
         &self.translations.account
     }
 
+    /// The size of the GPU's memory in bytes, or zero.
+    pub(crate) fn vram_size(&self) -> usize {
+        self.vram.as_ref().map_or(0, |vram| vram.size())
+    }
+
+    /// Sets the policy of `range` for faults to come.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOSPC`] if there are too many ranges that have one, [`ENOMEM`].
+    pub(crate) fn advise(&self, range: PageRange, policy: Policy) -> Result {
+        self.policies.lock().set(range, policy)
+    }
+
+    /// Moves the pages of `range` to `place`, those that can be moved.
+    ///
+    /// # Context
+    ///
+    /// As for [`Svm::service`], but any signal ends it.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the GPU has no memory; [`ENOMEM`]. Others end it part-way:
+    ///
+    /// - [`EFAULT`] if nothing is mapped.
+    /// - [`EINTR`] on a signal.
+    /// - [`EBUSY`] if invalidations kept colliding.
+    /// - [`ENOMEM`] if the GPU's memory has no room.
+    pub(crate) fn prefetch(&self, range: PageRange, place: Place) -> Result<Prefetched> {
+        let vram = self.vram.as_ref().ok_or(ENODEV)?;
+        let mut buf = MoveBuf::new(TABLE_ORDER)?;
+        let mut so_far = Prefetched {
+            result: Ok(()),
+            done: 0,
+            pages: 0,
+        };
+
+        while let Ok(rest) = PageRange::new(range.start() + so_far.done, range.end()) {
+            let moved = match place {
+                _ if current!().signal_pending() => Err(EINTR),
+                Place::Device => vram.take(&self.mirror, rest, &mut buf, self.account()),
+                Place::System => vram.give(&self.mirror, rest, &mut buf),
+            };
+            match moved {
+                Ok(moved) => {
+                    so_far.done += moved.range().len();
+                    so_far.pages += moved.pages();
+                }
+                Err(err) => {
+                    so_far.result = Err(err);
+                    break;
+                }
+            }
+        }
+        Ok(so_far)
+    }
+
+    /// Moves the start of `need` to where its policy says, if it can be moved. Returns how far that
+    /// policy goes, and whether RAM is where the pages are to stay.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] on a fatal signal.
+    fn place(&self, need: PageRange, buf: &mut MoveBuf) -> Result<(PageRange, bool)> {
+        let Some(vram) = &self.vram else {
+            return Ok((need, true));
+        };
+        let (policy, end) = self.policies.lock().at(need.start());
+        let need = PageRange::new(need.start(), need.end().min(end))?;
+
+        let (need, moved) = match policy {
+            Policy::None => return Ok((need, true)),
+            Policy::System => (need, vram.give(&self.mirror, need, buf)),
+            Policy::Device => {
+                let need = vram.share(need)?;
+                (need, vram.take(&self.mirror, need, buf, self.account()))
+            }
+        };
+        match moved {
+            Err(err) if err == EINTR => Err(err),
+            // Where there is no room, or the copy failed, pages are used where they are.
+            _ => Ok((need, policy != Policy::Device)),
+        }
+    }
+
     /// Services a GPU page fault: maps the page of `fault.va` and, as far as the window around it
-    /// goes, the rest of the operand. Pages of the window that the process has already are mapped
-    /// too.
+    /// goes, the rest of the operand, once they are where they should be. Pages of the window that
+    /// the process has already are mapped too, if they are where they should be.
     ///
     /// # Context
     ///
@@ -168,13 +300,14 @@ impl Svm {
 
         // Only the last page of all can make this fail, which is not the process's.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
+        let (need, ram_stays) = self.place(need, &mut window.moves)?;
         let request = FaultRequest::new(need, fault.access);
         let spare = SpareTable::new()?;
-        let result = self.mirror.fault(request, &mut window.0, |commit| {
-            self.translations.map(commit, spare)
+        let result = self.mirror.fault(request, &mut window.faults, |commit| {
+            self.translations.map(commit, spare, ram_stays)
         });
 
-        account.add(Counter::Retries, window.0.retries() as usize);
+        account.add(Counter::Retries, window.faults.retries() as usize);
         if result.is_ok() {
             account.add(Counter::Windows, 1);
         }
@@ -199,7 +332,10 @@ impl Memory for &Svm {
 }
 
 /// What it takes to service faults, one after the other.
-pub(crate) struct Window(FaultBuf);
+pub(crate) struct Window {
+    faults: FaultBuf,
+    moves: MoveBuf,
+}
 
 impl Window {
     /// Allocates it for windows of one of the GPU's tables.
@@ -208,7 +344,10 @@ impl Window {
     ///
     /// [`ENOMEM`].
     pub(crate) fn new() -> Result<Self> {
-        Ok(Self(FaultBuf::new(TABLE_ORDER)?))
+        Ok(Self {
+            faults: FaultBuf::new(TABLE_ORDER)?,
+            moves: MoveBuf::new(TABLE_ORDER)?,
+        })
     }
 }
 

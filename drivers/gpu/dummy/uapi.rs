@@ -17,9 +17,14 @@ use super::{
     counters::COUNTERS,
     job,
     mmu::TABLE_SIZE,
-    svm::Svm, //
+    policy::Policy,
+    svm::{
+        Place,
+        Svm, //
+    }, //
 };
 use core::mem::offset_of;
+use hmm::PageRange;
 use kernel::{
     ioctl::_IO,
     page::PAGE_SIZE,
@@ -32,6 +37,15 @@ use kernel::{
 const INFO: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_INFO);
 const SUBMIT: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_SUBMIT);
 const STATS: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_STATS);
+const PREFETCH: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_PREFETCH);
+const ADVISE: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_ADVISE);
+
+const PLACE_SYSTEM: u64 = uapi::dummy_gpu_place_DUMMY_GPU_PLACE_SYSTEM as u64;
+const PLACE_DEVICE: u64 = uapi::dummy_gpu_place_DUMMY_GPU_PLACE_DEVICE as u64;
+
+const POLICY_DEVICE: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_DEVICE as u64;
+const POLICY_SYSTEM: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_SYSTEM as u64;
+const POLICY_NONE: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_NONE as u64;
 
 /// The most commands of one submission.
 const MAX_COMMANDS: u64 = 1024;
@@ -59,7 +73,7 @@ macro_rules! word {
 /// The counters are the last fields, in order.
 const FIRST_COUNTER: usize = word!(dummy_gpu_stats.commands);
 static_assert!(FIRST_COUNTER + COUNTERS == words!(dummy_gpu_stats));
-static_assert!(word!(dummy_gpu_stats.pages_mapped) + 1 == words!(dummy_gpu_stats));
+static_assert!(word!(dummy_gpu_stats.device_pages) + 1 == words!(dummy_gpu_stats));
 
 /// A structure in user space that may be larger than the `N` words that are known here.
 struct Extensible<const N: usize> {
@@ -135,6 +149,8 @@ pub(crate) fn ioctl(svm: &Arc<Svm>, cmd: u32, arg: usize) -> Result<isize> {
         INFO => info,
         SUBMIT => submit,
         STATS => stats,
+        PREFETCH => prefetch,
+        ADVISE => advise,
         _ => return Err(ENOTTY),
     };
 
@@ -145,7 +161,7 @@ pub(crate) fn ioctl(svm: &Arc<Svm>, cmd: u32, arg: usize) -> Result<isize> {
     handler(svm, UserPtr::from_addr(arg)).map(|()| 0)
 }
 
-fn info(_svm: &Arc<Svm>, arg: UserPtr) -> Result {
+fn info(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_info);
 
     let user = Extensible::<WORDS>::new(arg)?;
@@ -159,6 +175,7 @@ fn info(_svm: &Arc<Svm>, arg: UserPtr) -> Result {
     info[word!(dummy_gpu_info.window_size)] = TABLE_SIZE as u64;
     info[word!(dummy_gpu_info.max_commands)] = MAX_COMMANDS;
     info[word!(dummy_gpu_info.max_length)] = MAX_LENGTH;
+    info[word!(dummy_gpu_info.vram_size)] = svm.vram_size() as u64;
     user.write(0, &info)
 }
 
@@ -207,6 +224,78 @@ fn submit(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     let told = user.write(OUTPUT, &[outcome.completed as u64, fault_address as u64]);
 
     outcome.result.and(told)
+}
+
+/// Checks a range of pages that an ioctl is about.
+///
+/// # Errors
+///
+/// [`EINVAL`] if it is empty, too long, not aligned or wraps; [`EFAULT`] if it reaches beyond the
+/// user address space.
+fn page_range(svm: &Svm, start: u64, length: u64, max_length: u64) -> Result<PageRange> {
+    if length > max_length {
+        return Err(EINVAL);
+    }
+    let range = PageRange::from_len(start.try_into()?, length.try_into()?)?;
+    if range.end() > svm.end() {
+        return Err(EFAULT);
+    }
+    Ok(range)
+}
+
+fn prefetch(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+    const WORDS: usize = words!(dummy_gpu_prefetch);
+    const OUTPUT: usize = word!(dummy_gpu_prefetch.done);
+    static_assert!(word!(dummy_gpu_prefetch.pages) == OUTPUT + 1);
+
+    let user = Extensible::<WORDS>::new(arg)?;
+    let prefetch = user.read()?;
+    if prefetch[word!(dummy_gpu_prefetch.flags)] != 0 {
+        return Err(EINVAL);
+    }
+    user.write(word!(dummy_gpu_prefetch.size), &[(WORDS * WORD) as u64])?;
+    user.write(OUTPUT, &[0, 0])?;
+
+    let range = page_range(
+        svm,
+        prefetch[word!(dummy_gpu_prefetch.start)],
+        prefetch[word!(dummy_gpu_prefetch.length)],
+        MAX_LENGTH,
+    )?;
+    let place = match prefetch[word!(dummy_gpu_prefetch.place)] {
+        PLACE_SYSTEM => Place::System,
+        PLACE_DEVICE => Place::Device,
+        _ => return Err(EINVAL),
+    };
+    let prefetched = svm.prefetch(range, place)?;
+    let told = user.write(OUTPUT, &[prefetched.done as u64, prefetched.pages as u64]);
+
+    prefetched.result.and(told)
+}
+
+fn advise(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+    const WORDS: usize = words!(dummy_gpu_advise);
+
+    let user = Extensible::<WORDS>::new(arg)?;
+    let advise = user.read()?;
+    if advise[word!(dummy_gpu_advise.flags)] != 0 {
+        return Err(EINVAL);
+    }
+    let range = page_range(
+        svm,
+        advise[word!(dummy_gpu_advise.start)],
+        advise[word!(dummy_gpu_advise.length)],
+        u64::MAX,
+    )?;
+    let policy = match advise[word!(dummy_gpu_advise.policy)] {
+        POLICY_DEVICE => Policy::Device,
+        POLICY_SYSTEM => Policy::System,
+        POLICY_NONE => Policy::None,
+        _ => return Err(EINVAL),
+    };
+
+    user.write(word!(dummy_gpu_advise.size), &[(WORDS * WORD) as u64])?;
+    svm.advise(range, policy)
 }
 
 /// Reads and checks an array of commands that are to run on `svm`.

@@ -49,6 +49,8 @@ enum {
 	DUMMY_GPU_CMD_INFO = 0x00,
 	DUMMY_GPU_CMD_SUBMIT = 0x01,
 	DUMMY_GPU_CMD_STATS = 0x02,
+	DUMMY_GPU_CMD_PREFETCH = 0x03,
+	DUMMY_GPU_CMD_ADVISE = 0x04,
 };
 
 /**
@@ -60,6 +62,8 @@ enum {
  *               maps
  * @max_commands: Output largest @count of DUMMY_GPU_IOC_SUBMIT
  * @max_length: Output largest @length of a command
+ * @vram_size: Output size of the device's own memory, or 0 if it has none. All
+ *             processes that use the instance share it.
  *
  * The limits of the device. They do not change while it exists.
  */
@@ -70,6 +74,7 @@ struct dummy_gpu_info {
 	__u64 window_size;
 	__u64 max_commands;
 	__u64 max_length;
+	__u64 vram_size;
 };
 
 #define DUMMY_GPU_IOC_INFO _IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_INFO)
@@ -213,10 +218,18 @@ struct dummy_gpu_submit {
  * @retries: Output times that a range had to be faulted again because an
  *           invalidation came in between
  * @pages_mapped: Output pages in the device's page table now
+ * @pages_to_device: Output pages that moved to the device's memory
+ * @pages_touched: Output pages that moved back because a CPU touched them or a
+ *                 page near them, or to be copied after a fork()
+ * @pages_evicted: Output pages that moved back because their place was needed
+ * @pages_to_system: Output pages that moved back because PREFETCH or the policy
+ *                   of their range asked for it
+ * @device_pages: Output pages in the device's memory now
  *
- * The counters of this open file. All but @pages_mapped start at 0 at open()
- * and only grow. They are read one by one: while commands run, they need not
- * agree with each other.
+ * The counters of this open file. All but @pages_mapped and @device_pages start
+ * at 0 at open() and only grow. A page that moves back counts for the file
+ * through which it had moved to the device. They are read one by one: while
+ * commands run, they need not agree with each other.
  */
 struct dummy_gpu_stats {
 	__u64 size;
@@ -230,8 +243,119 @@ struct dummy_gpu_stats {
 	__u64 invalidated_pages;
 	__u64 retries;
 	__u64 pages_mapped;
+	__u64 pages_to_device;
+	__u64 pages_touched;
+	__u64 pages_evicted;
+	__u64 pages_to_system;
+	__u64 device_pages;
 };
 
 #define DUMMY_GPU_IOC_STATS _IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_STATS)
+
+/**
+ * DOC: Placement
+ *
+ * Private anonymous memory can be in the device's own memory, in RAM or, page by
+ * page, in both; other memory is always in RAM. What a program reads and writes
+ * is the same. A page moves to the device's memory when a GPU page fault is
+ * serviced and the policy of its address says so, or when PREFETCH does; it
+ * moves back when a CPU touches it, when its place is needed for others, when
+ * PREFETCH or the policy says so, and at the latest when the device goes. It
+ * stays there when the file is closed.
+ *
+ * Where a page cannot move (someone has it pinned, or memory is short) it is used
+ * where it is.
+ */
+
+/**
+ * enum dummy_gpu_place - where memory can be
+ * @DUMMY_GPU_PLACE_SYSTEM: RAM
+ * @DUMMY_GPU_PLACE_DEVICE: The device's own memory
+ */
+enum dummy_gpu_place {
+	DUMMY_GPU_PLACE_SYSTEM = 0,
+	DUMMY_GPU_PLACE_DEVICE = 1,
+};
+
+/**
+ * struct dummy_gpu_prefetch - ioctl(DUMMY_GPU_IOC_PREFETCH)
+ * @size: sizeof(struct dummy_gpu_prefetch)
+ * @flags: Must be 0
+ * @start: First address, a multiple of the page size
+ * @length: Bytes, a multiple of the page size, from 1 page to @max_length of
+ *          struct dummy_gpu_info
+ * @place: One of enum dummy_gpu_place
+ * @done: Output bytes from @start on that were looked at
+ * @pages: Output pages of those that moved
+ *
+ * Move memory. Pages that cannot move stay, without an error.
+ *
+ *  - EINVAL: @length is 0 or above @max_length, @start or @length is not
+ *    aligned, the range wraps, or @place is unknown.
+ *  - EFAULT: The range reaches beyond the user address space, or nothing is
+ *    mapped at @start + @done.
+ *  - ENODEV: The device has no memory of its own.
+ *  - ENOMEM: The device's memory is full and nothing in it can be moved, or
+ *    there is no memory to keep account.
+ *  - EBUSY: The mapping kept changing until the time for retries was over.
+ *  - EINTR: A signal arrived. The rest can be asked for again.
+ *
+ * @size, @done and @pages are written back unless one of the general errors
+ * occurs.
+ */
+struct dummy_gpu_prefetch {
+	__u64 size;
+	__u64 flags;
+	__u64 start;
+	__u64 length;
+	__u64 place;
+	__u64 done;
+	__u64 pages;
+};
+
+#define DUMMY_GPU_IOC_PREFETCH \
+	_IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_PREFETCH)
+
+/**
+ * enum dummy_gpu_policy - what a GPU page fault does to the place of memory
+ * @DUMMY_GPU_POLICY_DEVICE: Move it to the device's memory. The default.
+ * @DUMMY_GPU_POLICY_SYSTEM: Move it to RAM.
+ * @DUMMY_GPU_POLICY_NONE: Leave it where it is.
+ */
+enum dummy_gpu_policy {
+	DUMMY_GPU_POLICY_DEVICE = 0,
+	DUMMY_GPU_POLICY_SYSTEM = 1,
+	DUMMY_GPU_POLICY_NONE = 2,
+};
+
+/**
+ * struct dummy_gpu_advise - ioctl(DUMMY_GPU_IOC_ADVISE)
+ * @size: sizeof(struct dummy_gpu_advise)
+ * @flags: Must be 0
+ * @start: First address, a multiple of the page size
+ * @length: Bytes, a multiple of the page size, at least one page
+ * @policy: One of enum dummy_gpu_policy
+ *
+ * Set the policy for a range of addresses, whatever is mapped there, for this
+ * open file. It holds for GPU page faults to come; nothing moves now.
+ *
+ *  - EINVAL: @length is 0, @start or @length is not aligned, the range wraps,
+ *    or @policy is unknown.
+ *  - EFAULT: The range reaches beyond the user address space.
+ *  - ENOSPC: There would be more than 1024 ranges with a policy of their own.
+ *  - ENOMEM: No memory for the range.
+ *
+ * @size is written back unless one of the first three errors or a general one
+ * occurs.
+ */
+struct dummy_gpu_advise {
+	__u64 size;
+	__u64 flags;
+	__u64 start;
+	__u64 length;
+	__u64 policy;
+};
+
+#define DUMMY_GPU_IOC_ADVISE _IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_ADVISE)
 
 #endif /* _UAPI_LINUX_DUMMY_GPU_H */

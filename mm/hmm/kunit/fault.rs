@@ -6,6 +6,7 @@ use super::{
     super::{
         fault::{
             Commit,
+            Device,
             Entry,
             FaultBuf,
             FaultRequest,
@@ -35,7 +36,7 @@ use kernel::{
 };
 
 /// Faults `range` for `access`; the entries of the window as letters: `r`ead, `w`rite, `h`ole,
-/// `e`rror.
+/// `e`rror; capitals where the page is the device's.
 fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> {
     let mut buf = FaultBuf::new(3)?;
     let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
@@ -46,6 +47,8 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> 
                 Entry::Error => b'e',
                 Entry::Ram(Ram::Read(_)) => b'r',
                 Entry::Ram(Ram::Write(_)) => b'w',
+                Entry::Device(Device::Read(_)) => b'R',
+                Entry::Device(Device::Write(_)) => b'W',
             };
             let _ = letters.push_within_capacity(letter);
         }

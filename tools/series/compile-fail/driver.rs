@@ -4,8 +4,9 @@
 #![forbid(unsafe_code)]
 
 use hmm::{
-    Access, Commit, Entry, FaultBuf, FaultRequest, Invalidate, Invalidated, Mirror, MirrorOps,
-    PageRange, Ram, WritePage,
+    Access, Commit, CopyBatch, CopyOp, Device, DevicePool, Entry, FaultBuf, FaultRequest,
+    Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror, MirrorOps, PageRange,
+    PoolOps, Ram, WritePage,
 };
 use kernel::{prelude::*, sync::Arc};
 
@@ -30,6 +31,7 @@ pub fn fault(mirror: &Mirror, buf: &mut FaultBuf, range: PageRange) -> Result<us
                 .entries()
                 .filter_map(|(_, entry)| match entry {
                     Entry::Ram(Ram::Write(page)) => Some(map_writable(&page)),
+                    Entry::Device(Device::Write(page)) => Some(map_writable(&page)),
                     _ => None,
                 })
                 .count()
@@ -39,4 +41,42 @@ pub fn fault(mirror: &Mirror, buf: &mut FaultBuf, range: PageRange) -> Result<us
 
 pub fn open() -> Result<Mirror> {
     Mirror::new(Arc::new(Ops, GFP_KERNEL)?)
+}
+
+pub struct Vram;
+
+impl PoolOps for Vram {
+    type PageData = u64;
+
+    fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        for op in batch {
+            if let CopyOp::ToRam { from, to } = op {
+                to.fill(from.start() as u8);
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, _address: usize, _buf: &mut [u8]) {}
+
+    fn write(&self, _address: usize, _buf: &[u8]) {}
+
+    fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
+
+    fn page_freed(&self, _data: u64) {}
+}
+
+pub fn open_with_memory() -> Result<(DevicePool<Vram>, Mirror)> {
+    let pool = DevicePool::new(c"vram", Arc::new(Vram, GFP_KERNEL)?, 512, 1)?;
+    let mirror = Mirror::new_with_pool(Arc::new(Ops, GFP_KERNEL)?, &pool)?;
+    Ok((pool, mirror))
+}
+
+pub fn migrate(
+    pool: &DevicePool<Vram>,
+    mirror: &Mirror,
+    range: PageRange,
+    buf: &mut MigrateBuf,
+) -> Result<Migrated> {
+    mirror.migrate_to_device(pool, range, buf, || 0)
 }

@@ -2,13 +2,15 @@
 /*
  * A demonstration of the dummy GPU: it computes on a mapped file and on arrays
  * of this process, through the pointers that the CPU uses, while the CPU keeps
- * using them. The CPU computes everything too, and compares.
+ * using them. The CPU computes everything too, and compares. The arrays are
+ * larger than the device's own memory: what is there at a time changes.
  *
- * Exit status: 0 if all results are equal, 1 if one differs, 2 if the
- * demonstration cannot be run.
+ * Exit status: 0 if all results are equal and pages moved as they should, 1 if
+ * not, 2 if the demonstration cannot be run.
  */
 #include <err.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -21,21 +23,25 @@
 #define MIB		(1024UL * 1024)
 #define ARRAY_LENGTH	(48 * MIB)
 #define ELEMENTS	(ARRAY_LENGTH / sizeof(uint64_t))
+#define PREFETCH_LENGTH	(32 * MIB)
 
 static int gpu;
+static struct dummy_gpu_info info;
 static int differences;
+static int misplacements;
 
-/* The costs of one side of a step. */
+/* What a step costs, or all of them. */
 struct cost {
+	uint64_t bytes;
 	uint64_t faults;
-	uint64_t windows;
-	uint64_t invalidations;
-	uint64_t retries;
-	double ms;
+	uint64_t to_device;
+	uint64_t evicted;
+	uint64_t touched;
+	double gpu_ms;
+	double cpu_ms;
 };
 
-static struct cost total_gpu, total_cpu;
-static uint64_t total_bytes;
+static struct cost total;
 
 /* Says what differs: a result, or the first element of one. */
 static void compare(const char *what, uint64_t result, uint64_t expect)
@@ -45,6 +51,15 @@ static void compare(const char *what, uint64_t result, uint64_t expect)
 	printf("  DIFFERS: %s: GPU %#llx, CPU %#llx\n", what, (unsigned long long)result,
 	       (unsigned long long)expect);
 	differences++;
+}
+
+/* Says what is not where it should be. */
+static void expect_placed(bool placed, const char *what)
+{
+	if (placed)
+		return;
+	printf("  MISPLACED: %s\n", what);
+	misplacements++;
 }
 
 static double now_ms(void)
@@ -68,20 +83,13 @@ static struct dummy_gpu_stats stats_now(void)
 /* The counters at the end of the step before: what the CPU does, counts too. */
 static struct dummy_gpu_stats before;
 
-static struct cost gpu_run(const char *step, struct dummy_gpu_command command)
+/* Runs the command of a step. Returns how long it took. */
+static double gpu_run(const char *step, struct dummy_gpu_command command)
 {
 	struct dummy_gpu_submit submit = gpu_submission(&command, 1);
 	double start = now_ms();
 	int ret = gpu_submit(gpu, &submit);
 	double end = now_ms();
-	struct dummy_gpu_stats after = stats_now();
-	struct cost cost = {
-		.faults = after.faults - before.faults,
-		.windows = after.windows - before.windows,
-		.invalidations = after.invalidations - before.invalidations,
-		.retries = after.retries - before.retries,
-		.ms = end - start,
-	};
 
 	if (ret == -EPERM && submit.fault_address == GPU_UNTOUCHED)
 		errx(2, "%s: SUBMIT: the file was opened by another process", step);
@@ -92,70 +100,79 @@ static struct cost gpu_run(const char *step, struct dummy_gpu_command command)
 	if (submit.completed != 1)
 		errx(2, "%s: SUBMIT: %llu commands completed instead of 1", step,
 		     (unsigned long long)submit.completed);
-	before = after;
-	return cost;
+	return end - start;
 }
 
 static void print_head(void)
 {
-	printf("%-28s %8s %7s %7s %7s %7s %9s %7s %9s %7s\n", "", "", "GPU", "", "invali-",
-	       "", "GPU", "GPU", "CPU", "CPU");
-	printf("%-28s %8s %7s %7s %7s %7s %9s %7s %9s %7s\n", "step", "MiB", "faults",
-	       "windows", "dations", "retries", "ms", "MiB/s", "ms", "MiB/s");
+	printf("%-28s %8s %7s %8s %8s %8s %9s %7s %9s %7s\n", "", "", "GPU", "pages to",
+	       "pages", "pages", "GPU", "GPU", "CPU", "CPU");
+	printf("%-28s %8s %7s %8s %8s %8s %9s %7s %9s %7s\n", "step", "MiB", "faults",
+	       "device", "evicted", "touched", "ms", "MiB/s", "ms", "MiB/s");
 }
 
-static void print_row(const char *step, uint64_t bytes, const struct cost *g,
-		      const struct cost *c)
+static void print_row(const char *step, const struct cost *c)
 {
-	double mib = (double)bytes / MIB;
+	double mib = (double)c->bytes / MIB;
 
-	printf("%-28s %8.1f %7llu %7llu %7llu %7llu %9.1f %7.0f %9.1f %7.0f\n", step, mib,
-	       (unsigned long long)g->faults, (unsigned long long)g->windows,
-	       (unsigned long long)g->invalidations, (unsigned long long)g->retries,
-	       g->ms, mib / (g->ms / 1e3), c->ms, mib / (c->ms / 1e3));
+	printf("%-28s %8.1f %7llu %8llu %8llu %8llu %9.1f %7.0f %9.1f %7.0f\n", step, mib,
+	       (unsigned long long)c->faults, (unsigned long long)c->to_device,
+	       (unsigned long long)c->evicted, (unsigned long long)c->touched,
+	       c->gpu_ms, mib / (c->gpu_ms / 1e3), c->cpu_ms, mib / (c->cpu_ms / 1e3));
 	fflush(stdout);
 }
 
-static void row(const char *step, uint64_t bytes, struct cost g, double cpu_start)
+/* Ends a step. Returns what it cost: with what the CPU touched to prepare and to compare. */
+static struct cost row(const char *step, uint64_t bytes, double gpu_ms, double cpu_start)
 {
-	struct cost c = { .ms = now_ms() - cpu_start };
+	double cpu_ms = now_ms() - cpu_start;
+	struct dummy_gpu_stats after = stats_now();
+	struct cost cost = {
+		.bytes = bytes,
+		.faults = after.faults - before.faults,
+		.to_device = after.pages_to_device - before.pages_to_device,
+		.evicted = after.pages_evicted - before.pages_evicted,
+		.touched = after.pages_touched - before.pages_touched,
+		.gpu_ms = gpu_ms,
+		.cpu_ms = cpu_ms,
+	};
 
-	print_row(step, bytes, &g, &c);
-	total_bytes += bytes;
-	total_gpu.faults += g.faults;
-	total_gpu.windows += g.windows;
-	total_gpu.invalidations += g.invalidations;
-	total_gpu.retries += g.retries;
-	total_gpu.ms += g.ms;
-	total_cpu.ms += c.ms;
+	before = after;
+	print_row(step, &cost);
+	total.bytes += cost.bytes;
+	total.faults += cost.faults;
+	total.to_device += cost.to_device;
+	total.evicted += cost.evicted;
+	total.touched += cost.touched;
+	total.gpu_ms += cost.gpu_ms;
+	total.cpu_ms += cost.cpu_ms;
+	return cost;
 }
 
 static void crc32_step(const char *step, const void *p, size_t length)
 {
 	static uint64_t result;
-	struct cost cost;
 	uint64_t expect;
-	double start;
+	double start, ms;
 
-	cost = gpu_run(step, gpu_unary(DUMMY_GPU_OP_CRC32, &result, p, length));
+	ms = gpu_run(step, gpu_unary(DUMMY_GPU_OP_CRC32, &result, p, length));
 	start = now_ms();
 	expect = cpu_crc32(p, length);
-	row(step, length, cost, start);
+	row(step, length, ms, start);
 	compare("crc32", result, expect);
 }
 
 static void histogram_step(const char *step, const void *p, size_t length)
 {
 	static uint64_t result[GPU_BUCKETS], expect[GPU_BUCKETS];
-	struct cost cost;
+	double start, ms;
 	char what[40];
-	double start;
 	size_t first;
 
-	cost = gpu_run(step, gpu_unary(DUMMY_GPU_OP_HISTOGRAM, result, p, length));
+	ms = gpu_run(step, gpu_unary(DUMMY_GPU_OP_HISTOGRAM, result, p, length));
 	start = now_ms();
 	cpu_histogram(expect, p, length);
-	row(step, length, cost, start);
+	row(step, length, ms, start);
 	first = cpu_differs(result, expect, sizeof(result)) / sizeof(*result);
 	if (first < GPU_BUCKETS) {
 		snprintf(what, sizeof(what), "count of byte value %zu", first);
@@ -166,18 +183,17 @@ static void histogram_step(const char *step, const void *p, size_t length)
 static void add_step(const char *step, uint64_t *dst, const uint64_t *src,
 		     const uint64_t *src2)
 {
-	struct cost cost;
+	double start, ms;
 	char what[40];
-	double start;
 	size_t first;
 
-	cost = gpu_run(step, gpu_binary(DUMMY_GPU_OP_ADD, dst, src, src2, ARRAY_LENGTH));
+	ms = gpu_run(step, gpu_binary(DUMMY_GPU_OP_ADD, dst, src, src2, ARRAY_LENGTH));
 	start = now_ms();
 	for (first = 0; first < ELEMENTS; first++) {
 		if (dst[first] != src[first] + src2[first])
 			break;
 	}
-	row(step, 3 * ARRAY_LENGTH, cost, start);
+	row(step, 3 * ARRAY_LENGTH, ms, start);
 	if (first < ELEMENTS) {
 		snprintf(what, sizeof(what), "element %zu", first);
 		compare(what, dst[first], src[first] + src2[first]);
@@ -187,15 +203,29 @@ static void add_step(const char *step, uint64_t *dst, const uint64_t *src,
 static void sum_step(const char *step, const uint64_t *p)
 {
 	static uint64_t result;
-	struct cost cost;
 	uint64_t expect;
-	double start;
+	double start, ms;
 
-	cost = gpu_run(step, gpu_unary(DUMMY_GPU_OP_SUM, &result, p, ARRAY_LENGTH));
+	ms = gpu_run(step, gpu_unary(DUMMY_GPU_OP_SUM, &result, p, ARRAY_LENGTH));
 	start = now_ms();
 	expect = cpu_sum(p, ARRAY_LENGTH);
-	row(step, ARRAY_LENGTH, cost, start);
+	row(step, ARRAY_LENGTH, ms, start);
 	compare("sum", result, expect);
+}
+
+static struct cost fill_step(const char *step, uint8_t *p, uint8_t value)
+{
+	struct cost cost;
+	double start, ms;
+	size_t first;
+
+	ms = gpu_run(step, gpu_fill(p, value, ARRAY_LENGTH));
+	start = now_ms();
+	first = cpu_unlike(p, value, ARRAY_LENGTH);
+	cost = row(step, ARRAY_LENGTH, ms, start);
+	if (first < ARRAY_LENGTH)
+		compare("a byte", p[first], value);
+	return cost;
 }
 
 static void *map_array(void *where)
@@ -258,6 +288,88 @@ static void array_steps(void)
 	cpu_randomize(b, ARRAY_LENGTH, 3);
 	add_step("c = a + b, b mapped anew", c, a, b);
 	sum_step("sum of c", c);
+
+	/* What is still on the device would be evicted by what comes next. */
+	munmap(a, ARRAY_LENGTH);
+	munmap(b, ARRAY_LENGTH);
+	munmap(c, ARRAY_LENGTH);
+}
+
+/* An array that is to stay in RAM. */
+static void policy_step(void)
+{
+	uint8_t *p = map_array(NULL);
+	struct cost cost;
+	int ret;
+
+	ret = gpu_advise(gpu, p, ARRAY_LENGTH, DUMMY_GPU_POLICY_SYSTEM);
+	if (ret)
+		errx(2, "ADVISE: %s", strerror(-ret));
+	cost = fill_step("fill, policy: system", p, 0x5a);
+	expect_placed(!cost.to_device, "pages moved to the device against their policy");
+	munmap(p, ARRAY_LENGTH);
+}
+
+/* Moves an array. Returns the pages per second. */
+static double prefetch(const char *to, const void *p, size_t length, enum dummy_gpu_place place)
+{
+	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, place);
+	double start = now_ms();
+	int ret = gpu_prefetch(gpu, &prefetch);
+	double end = now_ms();
+
+	if (ret)
+		errx(2, "PREFETCH to %s: %s (%llu bytes done)", to, strerror(-ret),
+		     (unsigned long long)prefetch.done);
+	expect_placed(prefetch.pages == length / info.page_size, "pages did not move by PREFETCH");
+	return prefetch.pages / ((end - start) / 1e3);
+}
+
+/* Memory that is on the device takes no RAM: there must be more that is free. */
+static void prefetch_step(void)
+{
+	size_t length = info.vram_size < PREFETCH_LENGTH ? info.vram_size : PREFETCH_LENGTH;
+	uint64_t *p = map_array(NULL), crc, free_before, free_after;
+	double to_device, to_system, gained;
+
+	cpu_randomize(p, length, 4);
+	crc = cpu_crc32(p, length);
+
+	free_before = cpu_free_memory();
+	to_device = prefetch("the device", p, length, DUMMY_GPU_PLACE_DEVICE);
+	free_after = cpu_free_memory();
+	to_system = prefetch("RAM", p, length, DUMMY_GPU_PLACE_SYSTEM);
+	if (!free_before || !free_after)
+		errx(2, "no MemFree in /proc/meminfo");
+
+	gained = ((double)free_after - (double)free_before) / length;
+	printf("\nPrefetch of %.1f MiB to the device: MemFree %.1f -> %.1f MiB, %+.1f MiB\n",
+	       (double)length / MIB, (double)free_before / MIB, (double)free_after / MIB,
+	       gained * length / MIB);
+	printf("  to the device  %10.0f pages/s\n", to_device);
+	printf("  back to RAM    %10.0f pages/s\n", to_system);
+	expect_placed(gained >= 0.75 && gained <= 1.25, "free RAM did not grow by about as much");
+	compare("crc32 after the prefetches", cpu_crc32(p, length), crc);
+	munmap(p, ARRAY_LENGTH);
+}
+
+static void summary(void)
+{
+	struct dummy_gpu_stats stats = stats_now();
+
+	printf("\n%llu invalidations of %llu pages, %llu retries; pages: %llu to the device,\n"
+	       "%llu evicted, %llu touched by the CPU, %llu back to RAM on request\n",
+	       (unsigned long long)stats.invalidations,
+	       (unsigned long long)stats.invalidated_pages, (unsigned long long)stats.retries,
+	       (unsigned long long)stats.pages_to_device,
+	       (unsigned long long)stats.pages_evicted, (unsigned long long)stats.pages_touched,
+	       (unsigned long long)stats.pages_to_system);
+	if (!info.vram_size)
+		return;
+	expect_placed(stats.pages_to_device >= info.vram_size / info.page_size,
+		      "fewer pages moved to the device than it has room for");
+	expect_placed(stats.pages_evicted, "no page was evicted");
+	expect_placed(stats.pages_touched, "no page came back when the CPU touched it");
 }
 
 static int usage(int status)
@@ -266,20 +378,22 @@ static int usage(int status)
 		"Usage: dummy_gpu_demo [-d DEVICE] FILE\n"
 		"\n"
 		"Lets the dummy GPU compute on the mapped FILE and on arrays of %lu MiB,\n"
-		"through plain pointers, and compares with what the CPU computes.\n"
+		"through plain pointers, and compares with what the CPU computes. If the\n"
+		"device has memory of its own, shows and checks which pages move there and\n"
+		"back: when the GPU or the CPU touches them, when room is needed, by a\n"
+		"policy, and by a prefetch of %lu MiB, which must free as much RAM.\n"
 		"\n"
 		"  -d DEVICE  the device, by default " GPU_DEVICE "\n"
 		"  -h         this help\n"
 		"\n"
-		"Exit status: 0 if all results are equal, 1 if one differs, 2 if it cannot\n"
-		"be run.\n", ARRAY_LENGTH / MIB);
+		"Exit status: 0 if all results are equal and pages moved as they should, 1\n"
+		"if not, 2 if it cannot be run.\n", ARRAY_LENGTH / MIB, PREFETCH_LENGTH / MIB);
 	return status;
 }
 
 int main(int argc, char **argv)
 {
 	const char *device = GPU_DEVICE;
-	struct dummy_gpu_info info;
 	const void *file;
 	size_t length;
 	int opt, ret;
@@ -311,20 +425,30 @@ int main(int argc, char **argv)
 	if (length > info.max_length)
 		errx(2, "%s has %zu bytes, a command takes at most %llu", argv[optind],
 		     length, (unsigned long long)info.max_length);
-	printf("%s: pages of %llu bytes, windows of up to %llu bytes; file %s\n\n", device,
+	printf("%s: pages of %llu bytes, windows of up to %llu bytes; file %s\n", device,
 	       (unsigned long long)info.page_size, (unsigned long long)info.window_size,
 	       argv[optind]);
+	if (info.vram_size)
+		printf("The device has %.1f MiB of its own for 3 arrays of %lu MiB.\n\n",
+		       (double)info.vram_size / MIB, ARRAY_LENGTH / MIB);
+	else
+		printf("The device has no memory of its own: the arrays stay in RAM.\n\n");
 
 	before = stats_now();
 	print_head();
 	crc32_step("crc32 of the file", file, length);
 	histogram_step("histogram of the file", file, length);
 	array_steps();
-	print_row("all", total_bytes, &total_gpu, &total_cpu);
+	if (info.vram_size)
+		policy_step();
+	print_row("all", &total);
+	if (info.vram_size)
+		prefetch_step();
+	summary();
 
 	close(gpu);
-	if (differences) {
-		printf("\n%d differences.\n", differences);
+	if (differences || misplacements) {
+		printf("\n%d differences, %d misplacements.\n", differences, misplacements);
 		return 1;
 	}
 	printf("\nAll results of the GPU are those of the CPU.\n");

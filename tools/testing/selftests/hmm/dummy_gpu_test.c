@@ -4,119 +4,14 @@
  * kinds of memory, all documented errors, and what must hold while the memory
  * changes under the device.
  */
-#include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/time.h>
-#include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
-#include "kselftest_harness.h"
-#include "dummy_gpu_user.h"
+#include "dummy_gpu_harness.h"
 
 /* A device's region: here the core goes from one lock to the next. */
 #define REGION		(512UL << 20)
-
-#define KERNEL_ADDRESS	(~0ULL << 40)
-
-/* Enough pages to need more than one window, with one window unaligned. */
-#define BUFFER		(5UL << 20)
-
-static size_t page;
-
-static int gpu_open(const char *path)
-{
-	int fd = open(path, O_RDWR | O_CLOEXEC);
-
-	return fd < 0 ? -errno : fd;
-}
-
-/* Runs one command: 0 or a negative errno. */
-static int run(int fd, struct dummy_gpu_command command)
-{
-	struct dummy_gpu_submit submit = gpu_submission(&command, 1);
-	int err = gpu_submit(fd, &submit);
-
-	if (!err && (submit.completed != 1 || submit.fault_address))
-		return -EPROTO;
-	return err;
-}
-
-/* The sum of a vector as the device sees it, or GPU_UNTOUCHED on any error. */
-static uint64_t gpu_sum(int fd, const void *p, size_t length)
-{
-	uint64_t sum;
-
-	return run(fd, gpu_unary(DUMMY_GPU_OP_SUM, &sum, p, length)) ? GPU_UNTOUCHED : sum;
-}
-
-static void *map(size_t length, int prot)
-{
-	return mmap(NULL, length, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-}
-
-static void *map_at(void *where, size_t length)
-{
-	return mmap(where, length, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-}
-
-/* A file of the given length that is gone when it is closed. */
-static int temporary_file(size_t length)
-{
-	char path[] = "/tmp/dummy_gpu_test.XXXXXX";
-	int fd = mkstemp(path);
-
-	if (fd < 0)
-		return -errno;
-	unlink(path);
-	return ftruncate(fd, length) ? -errno : fd;
-}
-
-/* Waits for a child that must end by itself: its status, or -1 on timeout. */
-static int wait_child(pid_t pid, int seconds)
-{
-	struct timespec tick = { .tv_nsec = 10 * 1000 * 1000 };
-	int status;
-
-	for (int i = 0; i < seconds * 100; i++) {
-		if (waitpid(pid, &status, WNOHANG) == pid)
-			return status;
-		nanosleep(&tick, NULL);
-	}
-	return -1;
-}
-
-/* A token from one process or thread to another. */
-static int token_send(int fd)
-{
-	return write(fd, "", 1) == 1 ? 0 : -EPIPE;
-}
-
-static int token_wait(int fd)
-{
-	char token;
-
-	return read(fd, &token, 1) == 1 ? 0 : -EPIPE;
-}
-
-/* Opens the device in a setup. Without a device, the test is skipped. */
-static int setup_device(struct __test_metadata *_metadata)
-{
-	int fd = gpu_open(GPU_DEVICE);
-
-	page = sysconf(_SC_PAGESIZE);
-	if (fd == -ENOENT || fd == -ENODEV || fd == -ENXIO)
-		SKIP(return fd, "no " GPU_DEVICE);
-	ASSERT_LE(0, fd)
-		TH_LOG("open " GPU_DEVICE ": %s", strerror(-fd));
-	return fd;
-}
 
 /*
  * Commands, on each kind of memory.
@@ -440,18 +335,7 @@ TEST_F(uapi, info)
 	EXPECT_EQ(0, self->info.window_size % page);
 	EXPECT_LE(2, self->info.max_commands);
 	EXPECT_LE(BUFFER, self->info.max_length);
-}
-
-TEST_F(uapi, unknown_ioctl)
-{
-	struct dummy_gpu_info info = { .size = sizeof(info) };
-
-	EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IO(DUMMY_GPU_IOC_TYPE, 0x0f), &info));
-	EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IO(DUMMY_GPU_IOC_TYPE + 1, DUMMY_GPU_CMD_INFO),
-				     &info));
-	EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IOR(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_INFO,
-						    info), &info));
-	EXPECT_EQ(0, info.page_size);
+	EXPECT_EQ(0, self->info.vram_size % page);
 }
 
 /* The rules for all structures that start with size and flags. */
@@ -464,19 +348,51 @@ static const struct extensible extensible[] = {
 	{ DUMMY_GPU_IOC_INFO, sizeof(struct dummy_gpu_info) },
 	{ DUMMY_GPU_IOC_SUBMIT, sizeof(struct dummy_gpu_submit) },
 	{ DUMMY_GPU_IOC_STATS, sizeof(struct dummy_gpu_stats) },
+	{ DUMMY_GPU_IOC_PREFETCH, sizeof(struct dummy_gpu_prefetch) },
+	{ DUMMY_GPU_IOC_ADVISE, sizeof(struct dummy_gpu_advise) },
 };
 
 #define MAX_SIZE	4096
+
+TEST_F(uapi, unknown_ioctl)
+{
+	uint64_t words[MAX_SIZE / 8] = { 0 };
+
+	for (unsigned int nr = DUMMY_GPU_CMD_ADVISE + 1; nr < 0x100; nr++) {
+		EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IO(DUMMY_GPU_IOC_TYPE, nr), words))
+			TH_LOG("number %#x", nr);
+	}
+	for (size_t i = 0; i < ARRAY_SIZE(extensible); i++) {
+		unsigned int nr = _IOC_NR(extensible[i].request), size = extensible[i].known;
+
+		words[0] = size;
+		EXPECT_EQ(-ENOTTY,
+			  gpu_ioctl(self->fd, _IO(DUMMY_GPU_IOC_TYPE + 1, nr), words));
+		EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IOC(_IOC_READ, DUMMY_GPU_IOC_TYPE,
+							    nr, size), words));
+		EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IOC(_IOC_READ | _IOC_WRITE,
+							    DUMMY_GPU_IOC_TYPE, nr, size),
+					     words));
+		EXPECT_EQ(size, words[0]);
+		EXPECT_EQ(sizeof(words) - 8, cpu_unlike(words + 1, 0, sizeof(words) - 8));
+	}
+}
 
 /* A structure of the size; all that the ioctls need in it is valid. */
 static void prepare(uint64_t *words, const struct extensible *e,
 		    const struct dummy_gpu_command *command, uint64_t size)
 {
 	struct dummy_gpu_submit submit = gpu_submission(command, 1);
+	struct dummy_gpu_prefetch prefetch = { .start = command->dst, .length = page };
+	struct dummy_gpu_advise advise = { .start = command->dst, .length = page };
 
 	memset(words, 0, 2 * MAX_SIZE);
 	if (e->request == DUMMY_GPU_IOC_SUBMIT)
 		memcpy(words, &submit, sizeof(submit));
+	if (e->request == DUMMY_GPU_IOC_PREFETCH)
+		memcpy(words, &prefetch, sizeof(prefetch));
+	if (e->request == DUMMY_GPU_IOC_ADVISE)
+		memcpy(words, &advise, sizeof(advise));
 	words[0] = size;
 }
 
@@ -521,6 +437,8 @@ TEST_F(uapi, struct_larger)
 
 	for (size_t i = 0; i < ARRAY_SIZE(extensible); i++) {
 		const struct extensible *e = &extensible[i];
+		const bool moves = e->request == DUMMY_GPU_IOC_PREFETCH;
+		const int good = moves && !self->info.vram_size ? -ENODEV : 0;
 
 		for (uint64_t size = e->known + 8; size <= MAX_SIZE;
 		     size += size == e->known + 8 ? MAX_SIZE - size : 8) {
@@ -540,7 +458,7 @@ TEST_F(uapi, struct_larger)
 			/* A rest of zeros; what follows it does not count. */
 			prepare(words, e, &command, size);
 			words[size / 8] = 1;
-			EXPECT_EQ(0, gpu_ioctl(self->fd, e->request, words));
+			EXPECT_EQ(good, gpu_ioctl(self->fd, e->request, words));
 			EXPECT_EQ(e->known, words[0]);
 			EXPECT_EQ(size - e->known,
 				  cpu_unlike((uint8_t *)words + e->known, 0, size - e->known));
@@ -905,6 +823,46 @@ TEST_F(uapi, size_written_back)
 	EXPECT_EQ(gpu_addr(self->p), larger.submit.fault_address);
 }
 
+TEST_F(uapi, size_written_back_for_memory)
+{
+	struct {
+		struct dummy_gpu_prefetch prefetch;
+		uint64_t later;
+	} larger = { 0 };
+	struct {
+		struct dummy_gpu_advise advise;
+		uint64_t later;
+	} advice = {
+		.advise = {
+			.size = sizeof(advice),
+			.start = gpu_addr(self->p),
+			.length = page,
+			.policy = DUMMY_GPU_POLICY_NONE,
+		},
+	};
+
+	/* When a check fails, and when there is nothing to look at. */
+	larger.prefetch = gpu_prefetching(self->p, 0, DUMMY_GPU_PLACE_SYSTEM);
+	larger.prefetch.size = sizeof(larger);
+	EXPECT_EQ(-EINVAL, gpu_prefetch(self->fd, &larger.prefetch));
+	EXPECT_EQ(sizeof(larger.prefetch), larger.prefetch.size);
+	EXPECT_EQ(0, larger.prefetch.done);
+	EXPECT_EQ(0, larger.prefetch.pages);
+
+	ASSERT_EQ(0, munmap(self->p + page, page));
+	larger.prefetch = gpu_prefetching(self->p + page, page, DUMMY_GPU_PLACE_SYSTEM);
+	larger.prefetch.size = sizeof(larger);
+	EXPECT_EQ(self->info.vram_size ? -EFAULT : -ENODEV,
+		  gpu_prefetch(self->fd, &larger.prefetch));
+	EXPECT_EQ(sizeof(larger.prefetch), larger.prefetch.size);
+	EXPECT_EQ(0, larger.prefetch.done);
+	EXPECT_EQ(0, larger.prefetch.pages);
+
+	EXPECT_EQ(0, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &advice));
+	EXPECT_EQ(sizeof(advice.advise), advice.advise.size);
+	EXPECT_EQ(0, advice.later);
+}
+
 TEST_F(uapi, in_place)
 {
 	const size_t length = 2 * page, n = length / sizeof(uint64_t);
@@ -981,6 +939,11 @@ TEST_F(uapi, stats)
 	EXPECT_EQ(0, stats[0].windows);
 	EXPECT_EQ(0, stats[0].retries);
 	EXPECT_EQ(0, stats[0].pages_mapped);
+	EXPECT_EQ(0, stats[0].pages_to_device);
+	EXPECT_EQ(0, stats[0].pages_touched);
+	EXPECT_EQ(0, stats[0].pages_evicted);
+	EXPECT_EQ(0, stats[0].pages_to_system);
+	EXPECT_EQ(0, stats[0].device_pages);
 
 	/* Its first command. */
 	ASSERT_EQ(0, run(fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p, pages * page)));
@@ -1375,6 +1338,8 @@ TEST_F(svm, inherited_file)
 	if (!pid) {
 		struct dummy_gpu_command command = gpu_fill(p, 8, page);
 		struct dummy_gpu_submit submit = gpu_submission(&command, 1);
+		struct dummy_gpu_prefetch prefetch =
+			gpu_prefetching(p, page, DUMMY_GPU_PLACE_SYSTEM);
 		struct dummy_gpu_info info;
 		struct dummy_gpu_stats stats;
 
@@ -1388,6 +1353,12 @@ TEST_F(svm, inherited_file)
 			_exit(4);
 		if (gpu_stats(self->fd, &stats) != -EPERM || stats.commands)
 			_exit(5);
+		if (gpu_prefetch(self->fd, &prefetch) != -EPERM)
+			_exit(6);
+		if (prefetch.done != GPU_UNTOUCHED || prefetch.pages != GPU_UNTOUCHED)
+			_exit(7);
+		if (gpu_advise(self->fd, p, page, DUMMY_GPU_POLICY_SYSTEM) != -EPERM)
+			_exit(8);
 		_exit(0);
 	}
 	ASSERT_EQ(pid, waitpid(pid, &status, 0));
@@ -1534,7 +1505,8 @@ TEST_F(svm, shared_memory)
 	ASSERT_LE(0, pid);
 	if (!pid) {
 		int fd = gpu_open(GPU_DEVICE);
-		uint64_t *q = mremap(p, 2 * page, 2 * page, MREMAP_MAYMOVE | MREMAP_DONTUNMAP);
+		uint64_t *q = mremap(p, 2 * page, 2 * page, MREMAP_MAYMOVE | MREMAP_DONTUNMAP,
+				     NULL);
 
 		if (fd < 0)
 			_exit(1);
@@ -1791,26 +1763,6 @@ TEST_F(svm, signals)
  * Memory whose faults user space serves: the only waits that user space can make
  * as long as it likes.
  */
-static int uffd_open(void)
-{
-	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
-
-	return fd < 0 ? -errno : fd;
-}
-
-static int uffd_register(int fd, void *p, size_t length)
-{
-	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register reg = {
-		.range = { .start = gpu_addr(p), .len = length },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-
-	if (ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &reg))
-		return -errno;
-	return 0;
-}
-
 struct server {
 	int uffd;
 	uint8_t *page;		/* what the first fault gets, or NULL: nothing */

@@ -9,6 +9,8 @@
 #include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
@@ -108,6 +110,53 @@ gpu_binary(enum dummy_gpu_opcode opcode, void *dst, const void *src,
 	};
 
 	return command;
+}
+
+static inline struct dummy_gpu_prefetch
+gpu_prefetching(const void *start, size_t length, enum dummy_gpu_place place)
+{
+	struct dummy_gpu_prefetch prefetch = {
+		.size = sizeof(prefetch),
+		.start = gpu_addr(start),
+		.length = length,
+		.place = place,
+		.done = GPU_UNTOUCHED,
+		.pages = GPU_UNTOUCHED,
+	};
+
+	return prefetch;
+}
+
+static inline int gpu_prefetch(int fd, struct dummy_gpu_prefetch *prefetch)
+{
+	return gpu_ioctl(fd, DUMMY_GPU_IOC_PREFETCH, prefetch);
+}
+
+static inline int gpu_advise(int fd, const void *start, size_t length,
+			     enum dummy_gpu_policy policy)
+{
+	struct dummy_gpu_advise advise = {
+		.size = sizeof(advise),
+		.start = gpu_addr(start),
+		.length = length,
+		.policy = policy,
+	};
+
+	return gpu_ioctl(fd, DUMMY_GPU_IOC_ADVISE, &advise);
+}
+
+/* Free RAM in bytes, or 0 if nobody tells. */
+static inline uint64_t cpu_free_memory(void)
+{
+	unsigned long long kib = 0;
+	FILE *f = fopen("/proc/meminfo", "re");
+	char line[100];
+
+	while (f && !kib && fgets(line, sizeof(line), f))
+		kib = strncmp(line, "MemFree:", 8) ? 0 : strtoull(line + 8, NULL, 10);
+	if (f)
+		fclose(f);
+	return kib * 1024;
 }
 
 static inline uint64_t cpu_sum(const uint64_t *p, size_t length)

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which ranges of addresses have a placement policy of their own. Pure.
+
+use hmm::PageRange;
+use kernel::{
+    page::PAGE_MASK,
+    prelude::*, //
+};
+
+/// Where memory is put when the GPU faults it.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Policy {
+    /// In the GPU's memory.
+    #[default]
+    Device,
+    /// In RAM.
+    System,
+    /// It stays where it is.
+    None,
+}
+
+/// The policies of an address space.
+///
+/// # Invariants
+///
+/// The ranges ascend and do not overlap. None has the default policy, and none could be one with
+/// the range before it.
+pub(crate) struct Policies(KVVec<(PageRange, Policy)>);
+
+impl Policies {
+    /// The most ranges.
+    const MAX: usize = 1024;
+
+    /// The default policy for all addresses.
+    pub(crate) const fn new() -> Self {
+        Self(KVVec::new())
+    }
+
+    /// The policy at `va`, and the first address after it that has another; the last page is never
+    /// reached.
+    pub(crate) fn at(&self, va: usize) -> (Policy, usize) {
+        for (range, policy) in &self.0 {
+            if range.contains(va) {
+                return (*policy, range.end());
+            }
+            if va < range.start() {
+                return (Policy::default(), range.start());
+            }
+        }
+        (Policy::default(), PAGE_MASK)
+    }
+
+    /// Sets the policy of `range`.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOSPC`] if there would be too many ranges, [`ENOMEM`]. Nothing changes then.
+    pub(crate) fn set(&mut self, range: PageRange, policy: Policy) -> Result {
+        // A range can be cut in two, and one can be added.
+        let mut new = Self(KVVec::with_capacity(self.0.len() + 2, GFP_KERNEL_ACCOUNT)?);
+        let mut todo = Some((range, policy));
+
+        for (old, its) in &self.0 {
+            if old.start() < range.start() {
+                new.push(old.start(), old.end().min(range.start()), *its)?;
+            }
+            if old.end() > range.end() {
+                if let Some((range, policy)) = todo.take() {
+                    new.push(range.start(), range.end(), policy)?;
+                }
+                new.push(old.start().max(range.end()), old.end(), *its)?;
+            }
+        }
+        if let Some((range, policy)) = todo {
+            new.push(range.start(), range.end(), policy)?;
+        }
+        if new.0.len() > Self::MAX {
+            return Err(ENOSPC);
+        }
+        *self = new;
+        Ok(())
+    }
+
+    /// Adds a range at the end, or to the last.
+    fn push(&mut self, start: usize, end: usize, policy: Policy) -> Result {
+        if policy == Policy::default() {
+            return Ok(());
+        }
+        // INVARIANT: The caller adds ranges in order; one that continues the last is made a part
+        // of it.
+        if let Some((last, its)) = self.0.last_mut() {
+            if *its == policy && last.end() == start {
+                *last = PageRange::new(last.start(), end)?;
+                return Ok(());
+            }
+        }
+        self.0
+            .push_within_capacity((PageRange::new(start, end)?, policy))?;
+        Ok(())
+    }
+}
+
+#[cfg(CONFIG_DUMMY_GPU_KUNIT_TEST)]
+#[kunit_tests(dummy_gpu_policy)]
+mod tests {
+    use super::*;
+    use kernel::page::PAGE_SIZE;
+
+    fn pages(first: usize, end: usize) -> Result<PageRange> {
+        PageRange::new(first * PAGE_SIZE, end * PAGE_SIZE)
+    }
+
+    #[test]
+    fn the_default_holds_everywhere_at_first() {
+        assert_eq!(Policies::new().at(0), (Policy::Device, PAGE_MASK));
+        assert_eq!(Policies::new().at(usize::MAX), (Policy::Device, PAGE_MASK));
+    }
+
+    #[test]
+    fn a_policy_holds_for_its_range_and_no_further() -> Result {
+        let mut policies = Policies::new();
+
+        policies.set(pages(2, 4)?, Policy::System)?;
+        let (second, fourth) = (2 * PAGE_SIZE, 4 * PAGE_SIZE);
+        assert_eq!(policies.at(second - 1), (Policy::Device, second));
+        assert_eq!(policies.at(second), (Policy::System, fourth));
+        assert_eq!(policies.at(fourth - 1), (Policy::System, fourth));
+        assert_eq!(policies.at(fourth), (Policy::Device, PAGE_MASK));
+        Ok(())
+    }
+
+    #[test]
+    fn ranges_that_meet_are_one() -> Result {
+        let mut policies = Policies::new();
+
+        policies.set(pages(1, 2)?, Policy::None)?;
+        policies.set(pages(3, 4)?, Policy::None)?;
+        assert_eq!(policies.0.len(), 2);
+        policies.set(pages(2, 3)?, Policy::None)?;
+        assert_eq!(policies.0.len(), 1);
+        assert_eq!(policies.at(PAGE_SIZE), (Policy::None, 4 * PAGE_SIZE));
+        Ok(())
+    }
+
+    #[test]
+    fn the_default_takes_no_room() -> Result {
+        let mut policies = Policies::new();
+
+        policies.set(pages(1, 9)?, Policy::System)?;
+        policies.set(pages(3, 5)?, Policy::Device)?;
+        assert_eq!(policies.0.len(), 2);
+        policies.set(pages(0, 100)?, Policy::Device)?;
+        assert!(policies.0.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn too_many_ranges_are_enospc_and_change_nothing() -> Result {
+        let mut policies = Policies::new();
+
+        for n in 0..Policies::MAX {
+            policies.set(pages(2 * n, 2 * n + 1)?, Policy::System)?;
+        }
+        let one_more = pages(2 * Policies::MAX, 2 * Policies::MAX + 1)?;
+        assert_eq!(policies.set(one_more, Policy::System), Err(ENOSPC));
+        assert_eq!(policies.0.len(), Policies::MAX);
+        assert_eq!(policies.at(one_more.start()).0, Policy::Device);
+        Ok(())
+    }
+
+    #[test]
+    fn any_sequence_agrees_with_a_plain_array() -> Result {
+        const PAGES: usize = 40;
+
+        let mut model = [Policy::Device; PAGES];
+        let mut policies = Policies::new();
+        let mut seed = 1u32;
+        let mut random = |below: usize| {
+            // The constants of Numerical Recipes.
+            seed = seed.wrapping_mul(1664525).wrapping_add(1013904223);
+            (seed >> 8) as usize % below
+        };
+
+        for _ in 0..1000 {
+            let first = random(PAGES);
+            let end = first + 1 + random(PAGES - first);
+            let policy = [Policy::Device, Policy::System, Policy::None][random(3)];
+            policies.set(pages(first, end)?, policy)?;
+            model[first..end].fill(policy);
+            for (page, expected) in model.iter().enumerate() {
+                let (policy, end) = policies.at(page * PAGE_SIZE);
+                assert_eq!(policy, *expected);
+                let end = (end / PAGE_SIZE).min(PAGES);
+                assert!(model[page..end].iter().all(|other| other == expected));
+                assert!(end == PAGES || model[end] != *expected);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device with memory, for the tests of those who move pages there.
+
+use super::super::{
+    copy::{
+        CopyBatch,
+        CopyOp, //
+    },
+    migrate::MigrateReason,
+    pool::{
+        DevicePool,
+        PageData,
+        PoolOps, //
+    },
+    slots::Order, //
+};
+use core::marker::PhantomData;
+use kernel::{
+    new_spinlock,
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        SpinLock, //
+    }, //
+};
+
+/// The pages of a chunk.
+pub(super) const CHUNK: usize = Order::MAX.pages();
+
+/// What memory that was not written since holds.
+pub(super) const OLD: u8 = 0xa5;
+
+/// What is counted of page data.
+pub(super) trait Tally: PageData {
+    fn value(this: &Self::Borrowed<'_>) -> u64;
+    fn own(this: Self) -> u64;
+}
+
+impl Tally for u64 {
+    fn value(this: &u64) -> u64 {
+        *this
+    }
+
+    fn own(this: Self) -> u64 {
+        this
+    }
+}
+
+/// Page data that is an object, and counts how often it goes.
+pub(super) struct Counted {
+    pub(super) value: u64,
+    pub(super) dropped: Arc<Atomic<u64>>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.dropped.add(1, Relaxed);
+    }
+}
+
+impl Tally for Arc<Counted> {
+    fn value(this: &Self::Borrowed<'_>) -> u64 {
+        this.value
+    }
+
+    fn own(this: Self) -> u64 {
+        this.value
+    }
+}
+
+#[pin_data]
+pub(super) struct TestDevice<D> {
+    #[pin]
+    memory: SpinLock<KVVec<u8>>,
+    /// The largest batch that is copied, in pages; above it copies fail, half done.
+    pub(super) most: Atomic<usize>,
+    /// The address of a page that is not copied either.
+    pub(super) bad: Atomic<usize>,
+    /// Whether it says so.
+    pub(super) honest: Atomic<bool>,
+    /// The pages that came home, by reason.
+    home: [Atomic<u64>; 3],
+    /// The pages that were freed, and the sum of what they had.
+    pub(super) freed: Atomic<u64>,
+    pub(super) sum: Atomic<u64>,
+    _data: PhantomData<fn(D)>,
+}
+
+impl<D: Tally> TestDevice<D> {
+    /// A device with room for `chunks` chunks, and its pool.
+    pub(super) fn new(chunks: usize) -> Result<(Arc<Self>, DevicePool<Self>)> {
+        let memory = KVVec::from_elem(OLD, chunks * CHUNK * PAGE_SIZE, GFP_KERNEL)?;
+        let device = Arc::pin_init(
+            pin_init!(Self {
+                memory <- new_spinlock!(memory),
+                most: Atomic::new(usize::MAX),
+                bad: Atomic::new(usize::MAX),
+                honest: Atomic::new(true),
+                home: [const { Atomic::new(0) }; 3],
+                freed: Atomic::new(0),
+                sum: Atomic::new(0),
+                _data: PhantomData,
+            }),
+            GFP_KERNEL,
+        )?;
+        let pool = DevicePool::new(c"hmm_kunit", device.clone(), CHUNK, chunks)?;
+        Ok((device, pool))
+    }
+
+    pub(super) fn home(&self, reason: MigrateReason) -> u64 {
+        self.home[reason as usize].load(Relaxed)
+    }
+}
+
+impl<D: Tally> PoolOps for TestDevice<D> {
+    type PageData = D;
+
+    fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        let mut left = self.most.load(Relaxed);
+        let mut memory = self.memory.lock();
+        for op in batch {
+            let range = match &op {
+                CopyOp::ToDevice { to, .. } | CopyOp::Zero { to } => *to,
+                CopyOp::ToRam { from, .. } => *from,
+            };
+            let bad = self.bad.load(Relaxed).wrapping_sub(range.start()) < range.len();
+            left = match left.checked_sub(range.len() / PAGE_SIZE) {
+                Some(left) if !bad => left,
+                _ if self.honest.load(Relaxed) => return Err(EIO),
+                _ => return Ok(()),
+            };
+            match op {
+                CopyOp::ToDevice { from, to } => {
+                    memory[to.start()..to.start() + to.len()].copy_from_slice(from);
+                }
+                CopyOp::ToRam { from, to } => {
+                    to.copy_from_slice(&memory[from.start()..from.start() + from.len()]);
+                }
+                CopyOp::Zero { to } => memory[to.start()..to.start() + to.len()].fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, address: usize, buf: &mut [u8]) {
+        buf.copy_from_slice(&self.memory.lock()[address..address + buf.len()]);
+    }
+
+    fn write(&self, address: usize, buf: &[u8]) {
+        self.memory.lock()[address..address + buf.len()].copy_from_slice(buf);
+    }
+
+    fn migrated_to_ram(&self, data: D::Borrowed<'_>, reason: MigrateReason) {
+        assert!(D::value(&data) != 0);
+        self.home[reason as usize].add(1, Relaxed);
+    }
+
+    fn page_freed(&self, data: D) {
+        self.freed.add(1, Relaxed);
+        self.sum.add(D::own(data), Relaxed);
+    }
+}

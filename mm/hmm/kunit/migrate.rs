@@ -1,0 +1,714 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `migrate.rs`, and of faults of pages that are in the device's memory.
+
+use super::{
+    super::{
+        fault::{
+            Device,
+            Entry,
+            FaultBuf,
+            FaultRequest, //
+        },
+        migrate::{
+            evict,
+            Collected,
+            MigrateBuf,
+            MigrateReason,
+            Select,
+            GFP_TRY, //
+        },
+        mirror::Mirror,
+        pfn::Access,
+        pool::{
+            DevicePool,
+            PageData,
+            Pool, //
+        },
+        range::PageRange,
+    },
+    device::{
+        Counted,
+        TestDevice,
+        CHUNK, //
+    },
+    Recorder, //
+};
+use kernel::{
+    kunit::user_mm::{
+        with_user_mm,
+        Prot,
+        UserMm, //
+    },
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    }, //
+};
+
+/// How many allocations of pages of RAM succeed before all fail.
+static ALLOCS: Atomic<usize> = Atomic::new(usize::MAX);
+
+/// Whether the allocation of a page of RAM is to fail.
+pub(crate) fn fail_alloc() -> bool {
+    let left = ALLOCS.load(Relaxed);
+    if left != usize::MAX && left != 0 {
+        ALLOCS.store(left - 1, Relaxed);
+    }
+    left == 0
+}
+
+/// Runs `f` with `count` pages of RAM to be had.
+fn with_allocs<R>(count: usize, f: impl FnOnce() -> R) -> R {
+    ALLOCS.store(count, Relaxed);
+    let result = f();
+    ALLOCS.store(usize::MAX, Relaxed);
+    result
+}
+
+/// Windows of 16 pages.
+const ORDER: u32 = 4;
+const WINDOW: usize = 1 << ORDER;
+
+/// A process that is mirrored for a device with memory.
+struct Setup {
+    device: Arc<TestDevice<u64>>,
+    pool: DevicePool<TestDevice<u64>>,
+    mirror: Mirror,
+    buf: MigrateBuf,
+}
+
+impl Setup {
+    fn new() -> Result<Self> {
+        let (device, pool) = TestDevice::new(1)?;
+        Ok(Self {
+            mirror: Mirror::new_with_pool(Recorder::new()?, &pool)?,
+            buf: MigrateBuf::new(ORDER)?,
+            device,
+            pool,
+        })
+    }
+
+    fn to_device(&mut self, range: PageRange) -> Result<usize> {
+        let migrated = self
+            .mirror
+            .migrate_to_device(&self.pool, range, &mut self.buf, || 1);
+        migrated.map(|migrated| migrated.pages())
+    }
+
+    fn to_ram(&mut self, range: PageRange) -> Result<usize> {
+        let migrated = self.mirror.migrate_to_ram(range, &mut self.buf)?;
+        Ok(migrated.pages())
+    }
+
+    fn home(&self, reason: MigrateReason) -> u64 {
+        self.device.home(reason)
+    }
+
+    fn used(&self) -> usize {
+        self.pool.pool().used_pages()
+    }
+
+    fn freed(&self) -> u64 {
+        self.device.freed.load(Relaxed)
+    }
+}
+
+/// Faults `range` for `access`; returns how many pages of it are the device's, and may be accessed
+/// so there.
+fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<usize> {
+    let mut buf = FaultBuf::new(ORDER)?;
+    mirror.fault(FaultRequest::new(range, access), &mut buf, |commit| {
+        let needed = commit.needed();
+        let device = commit.entries().filter(|(va, entry)| {
+            let allowed = match entry {
+                Entry::Device(Device::Read(_)) => access == Access::Read,
+                Entry::Device(Device::Write(_)) => true,
+                _ => false,
+            };
+            allowed && needed.contains(*va)
+        });
+        device.count()
+    })
+}
+
+/// Maps a window of pages, and writes `first` to the first, and so on.
+fn map_window(mm: &UserMm, first: Option<u8>) -> Result<PageRange> {
+    let len = WINDOW * PAGE_SIZE;
+    let addr = mm.mmap_anonymous(2 * len, Prot::ReadWrite)?;
+    let window = PageRange::from_len(addr.next_multiple_of(len), len)?;
+    if let Some(first) = first {
+        for (n, va) in window.page_addrs().enumerate() {
+            user_write(va, first + n as u8)?;
+        }
+    }
+    Ok(window)
+}
+
+fn page(range: PageRange, index: usize) -> Result<PageRange> {
+    PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
+}
+
+/// Fills the page at `va`.
+fn user_write(va: usize, byte: u8) -> Result {
+    let bytes = [byte; 64];
+    let mut writer = UserSlice::new(UserPtr::from_addr(va), PAGE_SIZE).writer();
+    for _ in 0..PAGE_SIZE / bytes.len() {
+        writer.write_slice(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Whether the page at `va` is full of `byte`.
+fn user_has(va: usize, byte: u8) -> Result<bool> {
+    let mut bytes = [0; 64];
+    let mut reader = UserSlice::new(UserPtr::from_addr(va), PAGE_SIZE).reader();
+    for _ in 0..PAGE_SIZE / bytes.len() {
+        reader.read_slice(&mut bytes)?;
+        if bytes != [byte; 64] {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn first_byte(mirror: &Mirror, va: usize) -> Option<u8> {
+    let mut byte = [0];
+    mirror.read(va, &mut byte).ok().map(|()| byte[0])
+}
+
+#[kunit_tests(hmm_migrate)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_go_to_the_device_are_written_there_and_come_home_when_touched() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            assert_eq!(setup.to_device(window)?, WINDOW);
+            assert_eq!(setup.used(), WINDOW);
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert_eq!(first_byte(&setup.mirror, va), Some(1 + n as u8));
+                assert!(setup.mirror.write(va, &[101 + n as u8; PAGE_SIZE]).is_ok());
+            }
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 101 + n as u8)?);
+            }
+            // One touch brings its neighbours along, and nothing stays behind.
+            assert_eq!(setup.home(MigrateReason::CpuFault), WINDOW as u64);
+            assert_eq!(setup.freed(), WINDOW as u64);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn an_entry_does_not_outlive_a_migration_either_way() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let va = window.start();
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
+            assert_eq!(first_byte(&setup.mirror, va), Some(1));
+            setup.to_device(window)?;
+            assert_eq!(first_byte(&setup.mirror, va), None);
+            assert!(setup.mirror.write(va, &[9]).is_err());
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
+            assert_eq!(first_byte(&setup.mirror, va), Some(1));
+            assert!(user_has(va, 1)?);
+            assert_eq!(first_byte(&setup.mirror, va), None);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn holes_and_the_zero_page_are_zeroes_on_the_device() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, None)?;
+            assert!(user_has(page(window, 1)?.start(), 0)?);
+            user_write(page(window, 2)?.start(), 2)?;
+            assert_eq!(setup.to_device(window)?, WINDOW);
+            assert_eq!(fault(&setup.mirror, window, Access::Read)?, WINDOW);
+            let mut bytes = KVec::from_elem(0xff, PAGE_SIZE, GFP_KERNEL)?;
+            for (n, va) in window.page_addrs().enumerate() {
+                let byte = if n == 2 { 2 } else { 0 };
+                assert!(setup.mirror.read(va, &mut bytes).is_ok());
+                assert!(bytes.iter().all(|b| *b == byte));
+            }
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, if n == 2 { 2 } else { 0 })?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_copy_that_fails_leaves_the_pages_in_ram() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let hole = map_window(mm, None)?;
+            // The first half is copied, the rest is not: nothing moves.
+            setup.device.most.store(WINDOW / 2, Relaxed);
+            assert_eq!(setup.to_device(window), Err(EIO));
+            assert_eq!(setup.to_device(hole), Err(EIO));
+            assert_eq!(setup.used(), 0);
+            assert_eq!(setup.freed(), 2 * WINDOW as u64);
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert_eq!(first_byte(&setup.mirror, va), Some(1 + n as u8));
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            for va in hole.page_addrs() {
+                assert!(user_has(va, 0)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_batch_that_is_not_taken_to_its_end_moves_nothing() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, None)?;
+            // A page and a hole in turn: no two of them are one run.
+            for va in window.page_addrs().step_by(2) {
+                user_write(va, 1)?;
+            }
+            setup.device.most.store(WINDOW / 2, Relaxed);
+            setup.device.honest.store(false, Relaxed);
+            assert_eq!(setup.to_device(window), Err(EIO));
+            assert_eq!(setup.used(), 0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 - n as u8 % 2)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_copy_home_that_fails_leaves_the_pages_on_the_device() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            setup.device.most.store(0, Relaxed);
+            assert_eq!(user_has(window.start(), 1), Err(EFAULT));
+            assert_eq!(setup.to_ram(window), Err(EIO));
+            assert_eq!(setup.used(), WINDOW);
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
+            setup.device.most.store(usize::MAX, Relaxed);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_neighbour_that_fails_does_not_fail_the_page() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            // One page of RAM is left.
+            assert!(with_allocs(1, || user_has(page(window, 7)?.start(), 8))?);
+            assert_eq!(setup.home(MigrateReason::CpuFault), 1);
+            assert_eq!(setup.used(), WINDOW - 1);
+            // One page cannot be copied: it alone stays, whoever asks.
+            setup.device.bad.store(9 * PAGE_SIZE, Relaxed);
+            assert!(user_has(page(window, 5)?.start(), 6)?);
+            assert_eq!(setup.used(), 1);
+            assert_eq!(setup.to_ram(window), Err(EIO));
+            let touched = user_has(page(window, 9)?.start(), 10);
+            assert_eq!(touched, Err(EFAULT));
+            assert_eq!(fault(&setup.mirror, page(window, 9)?, Access::Write)?, 1);
+            setup.device.bad.store(usize::MAX, Relaxed);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn holes_around_a_page_do_not_come_home_with_it() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, None)?;
+            for n in [3, 9] {
+                assert_eq!(setup.to_device(page(window, n)?)?, 1);
+            }
+            assert!(user_has(page(window, 3)?.start(), 0)?);
+            assert_eq!(setup.home(MigrateReason::CpuFault), 2);
+            assert_eq!(setup.to_device(page(window, 3)?)?, 1);
+            assert_eq!(setup.to_ram(window)?, 1);
+            // They are holes still.
+            assert_eq!(fault(&setup.mirror, window, Access::Read)?, 0);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn without_ram_the_pages_stay_on_the_device() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            assert_eq!(with_allocs(0, || setup.to_ram(window)), Err(ENOMEM));
+            let touched = with_allocs(0, || user_has(window.start(), 1));
+            assert_eq!(touched, Err(EFAULT));
+            assert_eq!(setup.used(), WINDOW);
+            assert_eq!(with_allocs(3, || setup.to_ram(window)), Ok(3));
+            assert_eq!(setup.home(MigrateReason::Request), 3);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_full_pool_evicts_those_that_came_first() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let windows = CHUNK / WINDOW + 2;
+            let len = windows * WINDOW * PAGE_SIZE;
+            let align = WINDOW * PAGE_SIZE;
+            let addr = mm.mmap_anonymous(len + align, Prot::ReadWrite)?;
+            let all = PageRange::from_len(addr.next_multiple_of(align), len)?;
+            for (n, va) in all.page_addrs().enumerate() {
+                user_write(va, n as u8)?;
+            }
+            for n in 0..windows {
+                let window = PageRange::from_len(all.start() + n * align, align)?;
+                assert_eq!(setup.to_device(window)?, WINDOW);
+            }
+            assert_eq!(setup.used(), CHUNK);
+            assert_eq!(setup.home(MigrateReason::Evict), 2 * WINDOW as u64);
+            let first = PageRange::from_len(all.start(), align)?;
+            let last = PageRange::new(all.end() - align, all.end())?;
+            assert_eq!(fault(&setup.mirror, first, Access::Read)?, 0);
+            assert_eq!(fault(&setup.mirror, last, Access::Read)?, WINDOW);
+            // What is there already wants no room.
+            assert_eq!(setup.to_device(last)?, 0);
+            assert_eq!(setup.home(MigrateReason::Evict), 2 * WINDOW as u64);
+            for (n, va) in all.page_addrs().enumerate() {
+                assert!(user_has(va, n as u8)?);
+            }
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_pool_without_room_is_enomem_and_the_range_works_on_in_ram() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let mut pfns = KVec::from_elem(0, CHUNK, GFP_KERNEL)?;
+            let inner = setup.pool.pool().clone();
+            let all = Pool::reserve(&inner, &mut pfns)?;
+            assert_eq!(setup.to_device(window), Err(ENOMEM));
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
+            assert!(setup.mirror.write(window.start(), &[9; PAGE_SIZE]).is_ok());
+            assert!(user_has(window.start(), 9)?);
+            drop(all);
+            assert_eq!(setup.to_device(window)?, WINDOW);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn page_data_that_is_an_object_goes_with_the_page() -> Result {
+        with_user_mm(|mm| {
+            let (device, pool) = TestDevice::<Arc<Counted>>::new(1)?;
+            let mirror = Mirror::new_with_pool(Recorder::new()?, &pool)?;
+            let mut buf = MigrateBuf::new(ORDER)?;
+            let dropped = Arc::new(Atomic::new(0), GFP_KERNEL)?;
+            let window = map_window(mm, Some(1))?;
+            let data = || {
+                Arc::new(
+                    Counted {
+                        value: 3,
+                        dropped: dropped.clone(),
+                    },
+                    GFP_KERNEL,
+                )
+            };
+            let mut made = KVec::with_capacity(WINDOW, GFP_KERNEL)?;
+            for _ in 0..WINDOW {
+                made.push_within_capacity(data()?)?;
+            }
+            let spare = data()?;
+            mirror.migrate_to_device(&pool, window, &mut buf, || {
+                made.pop().unwrap_or(spare.clone())
+            })?;
+            assert!(made.is_empty());
+            assert_eq!(dropped.load(Relaxed), 0);
+            assert!(user_has(window.start(), 1)?);
+            assert_eq!(dropped.load(Relaxed), WINDOW as u64);
+            assert_eq!(device.freed.load(Relaxed), WINDOW as u64);
+            assert_eq!(device.sum.load(Relaxed), 3 * WINDOW as u64);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn unmapping_frees_the_pages_of_the_device() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            mm.munmap(window.start(), window.len())?;
+            assert_eq!(setup.freed(), WINDOW as u64);
+            assert_eq!(setup.device.sum.load(Relaxed), WINDOW as u64);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_process_that_ends_frees_the_pages_of_the_device() -> Result {
+        let setup = with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            assert_eq!(setup.used(), WINDOW);
+            Ok(setup)
+        })?;
+        assert_eq!(setup.used(), 0);
+        assert_eq!(setup.freed(), WINDOW as u64);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_dropped_between_the_move_and_its_end_is_freed_once() -> Result {
+        with_user_mm(|mm| {
+            let setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let pool = setup.pool.pool();
+            let mut pfns = [0; WINDOW];
+            let mut reservation = Pool::reserve(pool, &mut pfns)?;
+            let mut buf = MigrateBuf::new(ORDER)?;
+
+            let guard = mm.mm().mmap_read_lock();
+            let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
+            let owner = Pool::owner(Some(pool));
+            // SAFETY: `guard` holds mmap_lock.
+            let collected =
+                unsafe { Collected::at(vma, window, owner, Select::Ram, buf.arrays().0) }?;
+            let copied = collected.to_device(pool, &mut reservation, &mut || 5u64.into_raw())?;
+            let committed = copied.commit_to_device(pool);
+            // As MADV_DONTNEED does.
+            vma.zap_vma_range(window.start(), 4 * PAGE_SIZE);
+            assert_eq!(committed.pages(), WINDOW);
+            drop(committed);
+            drop(guard);
+
+            assert_eq!(setup.used(), WINDOW - 4);
+            assert_eq!(setup.freed(), 4);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, if n < 4 { 0 } else { 1 + n as u8 })?);
+            }
+            assert_eq!(setup.freed(), WINDOW as u64);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_was_copied_but_not_committed_stays_where_it_was() -> Result {
+        with_user_mm(|mm| {
+            let setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let pool = setup.pool.pool();
+            let mut pfns = [0; WINDOW];
+            let mut reservation = Pool::reserve(pool, &mut pfns)?;
+            let mut buf = MigrateBuf::new(ORDER)?;
+
+            let guard = mm.mm().mmap_read_lock();
+            let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
+            let owner = Pool::owner(Some(pool));
+            // SAFETY: `guard` holds mmap_lock.
+            let collected =
+                unsafe { Collected::at(vma, window, owner, Select::Ram, buf.arrays().0) }?;
+            drop(collected.to_device(pool, &mut reservation, &mut || 5u64.into_raw())?);
+            drop(guard);
+            drop(reservation);
+
+            assert_eq!(setup.used(), 0);
+            assert_eq!(setup.freed(), WINDOW as u64);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_pool_that_ends_brings_its_pages_home() -> Result {
+        with_user_mm(|mm| {
+            let Setup {
+                device,
+                pool,
+                mirror,
+                mut buf,
+            } = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            mirror.migrate_to_device(&pool, window, &mut buf, || 1)?;
+            assert_eq!(fault(&mirror, window, Access::Write)?, WINDOW);
+            assert!(mirror.write(window.start(), &[77; PAGE_SIZE]).is_ok());
+            drop(pool);
+            assert_eq!(device.home(MigrateReason::Evict), WINDOW as u64);
+            assert_eq!(device.freed.load(Relaxed), WINDOW as u64);
+            assert_eq!(fault(&mirror, window, Access::Write)?, 0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, if n == 0 { 77 } else { 1 + n as u8 })?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_left_is_not_evicted_again() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            // Who looks for pages to evict has their pfns when one of them leaves.
+            let mut pfns = [0; WINDOW];
+            assert_eq!(setup.pool.pool().oldest(&mut pfns), WINDOW);
+            setup.pool.pool().leave(0);
+            let pool = setup.pool.pool();
+            // SAFETY: The pool does not end.
+            let evicted = unsafe { evict(pool, &mut pfns, GFP_TRY) };
+            assert_eq!(evicted, Ok(WINDOW - 1));
+            assert_eq!(setup.home(MigrateReason::Evict), WINDOW as u64 - 1);
+            setup.pool.pool().settle(0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn memory_that_may_not_be_read_gets_no_place() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let len = WINDOW * PAGE_SIZE;
+            let none = PageRange::from_len(mm.mmap_anonymous(len, Prot::None)?, len)?;
+            assert_eq!(setup.to_device(none)?, 0);
+            assert_eq!(setup.freed(), 0);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn pages_come_home_on_request() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            assert_eq!(setup.to_ram(window)?, 0);
+            setup.to_device(window)?;
+            let part = PageRange::from_len(page(window, 2)?.start(), 3 * PAGE_SIZE)?;
+            assert_eq!(setup.to_ram(part)?, 3);
+            assert_eq!(setup.to_ram(window)?, WINDOW - 3);
+            assert_eq!(setup.home(MigrateReason::Request), WINDOW as u64);
+            assert_eq!(setup.home(MigrateReason::CpuFault), 0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_of_another_device_comes_home_before_it_is_faulted() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let other = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.to_device(window)?;
+            assert_eq!(fault(&other.mirror, window, Access::Read)?, 0);
+            assert_eq!(first_byte(&other.mirror, window.start()), Some(1));
+            assert_eq!(setup.used(), 0);
+            // And one device's pool is no place for another's mirror.
+            let migrated =
+                setup
+                    .mirror
+                    .migrate_to_device(&other.pool, window, &mut setup.buf, || 1);
+            assert_eq!(migrated.err(), Some(EINVAL));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_write_to_a_read_only_page_of_the_device_is_eperm_and_moves_nothing() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let len = 2 * WINDOW * PAGE_SIZE;
+            let addr = mm.mmap_anonymous(len, Prot::Read)?;
+            let addr = addr.next_multiple_of(WINDOW * PAGE_SIZE);
+            let window = PageRange::from_len(addr, WINDOW * PAGE_SIZE)?;
+            assert_eq!(setup.to_device(window)?, WINDOW);
+            let result = fault(&setup.mirror, window, Access::Write);
+            assert_eq!(result, Err(EPERM));
+            assert_eq!(fault(&setup.mirror, window, Access::Read)?, WINDOW);
+            assert!(setup.mirror.write(window.start(), &[1]).is_err());
+            assert_eq!(setup.used(), WINDOW);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn shared_memory_and_files_stay_in_ram() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            for shared in [true, false] {
+                let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, shared)?;
+                let range = PageRange::from_len(va, PAGE_SIZE)?;
+                user_write(va, 1)?;
+                assert_eq!(setup.to_device(range)?, 0);
+                assert_eq!(fault(&setup.mirror, range, Access::Write)?, 0);
+                assert_eq!(first_byte(&setup.mirror, va), Some(1));
+            }
+            assert_eq!(setup.freed(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_is_not_mapped_is_efault() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let hole = page(window, 2)?;
+            mm.munmap(hole.start(), hole.len())?;
+            assert_eq!(setup.to_device(hole), Err(EFAULT));
+            assert_eq!(setup.to_ram(hole), Err(EFAULT));
+            // Up to the hole.
+            assert_eq!(setup.to_device(window), Ok(2));
+            let last = usize::MAX - (2 * PAGE_SIZE - 1);
+            let last = PageRange::from_len(last, PAGE_SIZE)?;
+            assert_eq!(setup.to_device(last), Err(EFAULT));
+            Ok(())
+        })
+    }
+}

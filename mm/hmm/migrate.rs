@@ -1,0 +1,853 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Pages on their way between RAM and a device's memory.
+//!
+//! A migration is mm's: it unmaps and locks pages, and maps them again at one of two places. In
+//! between the device copies. The states are types: [`Collected`] pages are locked, [`Copied`] ones
+//! have a destination that holds what they held, and [`Copied::commit`] says how many moved. Whatever
+//! happens the pages are mapped again, once, when the state is dropped; those that were not copied
+//! stay where they were.
+//!
+//! Nothing here tells a device where a page is: the notifiers have erased what it knew, and it is to
+//! fault the pages again.
+//!
+//! C header: [`include/linux/migrate.h`](srctree/include/linux/migrate.h)
+
+use super::{
+    copy::{
+        CopyBatch,
+        PageCopy, //
+    },
+    fault::{
+        report,
+        FaultBuf,
+        DEFAULT_TIMEOUT_MS, //
+    },
+    mirror::Mirror,
+    pool::{
+        address_of,
+        data_of,
+        pool_of,
+        DevicePool,
+        PageData,
+        Pool,
+        PoolOps,
+        Reservation, //
+    },
+    range::PageRange,
+};
+use core::{
+    ops::Range,
+    ptr::{
+        null_mut,
+        NonNull, //
+    }, //
+};
+use kernel::{
+    bindings,
+    error::to_result,
+    mm::{
+        virt::{
+            flags,
+            VmaRef, //
+        },
+        MmWithUser, //
+    },
+    page::PAGE_SHIFT,
+    prelude::*,
+    sync::Arc, //
+};
+
+/// The pages that are evicted, or come home together, without an array of somebody's.
+pub(crate) const BATCH: usize = 1 << CPU_FAULT_ORDER;
+
+/// A page that the CPU touches brings home those of the aligned block of this order around it.
+const CPU_FAULT_ORDER: u32 = 4;
+
+/// For any page of RAM. It is zeroed, so that a driver that says it has copied and has not shows a
+/// process nothing of others.
+const GFP: bindings::gfp_t = bindings::GFP_HIGHUSER_MOVABLE | bindings::__GFP_ZERO;
+/// For a page of RAM that would be good to have.
+pub(crate) const GFP_TRY: bindings::gfp_t = GFP | bindings::__GFP_NORETRY | bindings::__GFP_NOWARN;
+/// For a page of RAM that was asked for, but not at the price of a process.
+const GFP_REQUEST: bindings::gfp_t = GFP | bindings::__GFP_RETRY_MAYFAIL | bindings::__GFP_NOWARN;
+/// For a page of RAM that a CPU waits for.
+const GFP_NEED: bindings::gfp_t = GFP;
+/// For a page of RAM without which data would be lost.
+pub(crate) const GFP_MUST: bindings::gfp_t = GFP | bindings::__GFP_NOFAIL;
+
+/// What made a page move to RAM.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum MigrateReason {
+    /// The CPU touched it, or a page near it. Or the device is to write a page that it may only
+    /// read: a copy is made by the CPU.
+    CpuFault,
+    /// Its place was needed, or the pool ended.
+    Evict,
+    /// [`Mirror::migrate_to_ram`].
+    Request,
+}
+
+/// A new page: locked, with one reference. Freed if it is dropped.
+///
+/// # Invariants
+///
+/// As above, and it is mapped nowhere. Somebody who looks for pages to evict may have a reference for
+/// a moment.
+pub(crate) struct NewPage(NonNull<bindings::page>);
+
+impl NewPage {
+    /// # Safety
+    ///
+    /// `page` is as the type invariants say.
+    pub(crate) unsafe fn new(page: NonNull<bindings::page>) -> Self {
+        // INVARIANT: By the safety requirements.
+        Self(page)
+    }
+
+    /// A page of RAM, for `vma` at `va` if there is one.
+    fn alloc(gfp: bindings::gfp_t, vma: Option<(&VmaRef, usize)>) -> Option<Self> {
+        #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
+        if kernel::kunit::in_kunit_test() && super::kunit::migrate::fail_alloc() {
+            return None;
+        }
+
+        let page = match vma {
+            // SAFETY: The VMA is valid, and `va` lies in it.
+            Some((vma, va)) => unsafe {
+                bindings::vma_alloc_folio(gfp, 0, vma.as_ptr(), va).cast()
+            },
+            // SAFETY: Always safe to call.
+            //
+            // Whose page it will be is not known, so the current task's policy has to do.
+            None => unsafe { bindings::alloc_pages(gfp, 0) },
+        };
+        let page = NonNull::new(page)?;
+        // SAFETY: The page is valid and nobody else's: this does not wait.
+        unsafe { bindings::lock_page(page.as_ptr()) };
+        // INVARIANT: Just allocated and locked.
+        Some(Self(page))
+    }
+
+    fn as_ptr(&self) -> *mut bindings::page {
+        self.0.as_ptr()
+    }
+
+    /// Gives the page to an array of destinations.
+    fn into_mpfn(self) -> usize {
+        // SAFETY: The page is valid.
+        let mpfn = unsafe { bindings::migrate_pfn(bindings::page_to_pfn(self.0.as_ptr())) };
+        core::mem::forget(self);
+        mpfn
+    }
+
+    /// Takes the page back from an array of destinations.
+    ///
+    /// # Safety
+    ///
+    /// `mpfn` is from [`NewPage::into_mpfn`], and used no more.
+    unsafe fn from_mpfn(mpfn: usize) -> Option<Self> {
+        // SAFETY: By the caller's promise.
+        NonNull::new(unsafe { bindings::migrate_pfn_to_page(mpfn) }).map(Self)
+    }
+}
+
+impl Drop for NewPage {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants the page is locked.
+        unsafe { bindings::unlock_page(self.0.as_ptr()) };
+        // SAFETY: By the type invariants there is a reference, which is given up.
+        unsafe { bindings::put_page(self.0.as_ptr()) };
+    }
+}
+
+/// The arrays that a migration needs, an element for each page.
+pub(crate) struct Arrays<'a> {
+    pub(crate) src: &'a mut [usize],
+    pub(crate) dst: &'a mut [usize],
+    pub(crate) copies: &'a mut [PageCopy],
+}
+
+impl Arrays<'_> {
+    /// How many pages they are for.
+    fn len(&self) -> usize {
+        self.src.len().min(self.dst.len()).min(self.copies.len())
+    }
+}
+
+/// How the pages were found, and so how they are mapped again.
+enum Found<'a> {
+    /// By address, with `mmap_lock` held.
+    Vma(&'a VmaRef, bindings::migrate_vma),
+    /// By pfn.
+    Pfns,
+}
+
+/// Pages that are locked and unmapped, and the pages that are to replace them.
+///
+/// # Invariants
+///
+/// `src` is as `migrate_vma_setup()` or `migrate_device_pfns()` left it, for `pages` pages, but for
+/// what `migrate_*_pages()` changed. Every element of `dst` is zero or a [`NewPage`]; if `moved`, one
+/// that holds what the page in `src` held.
+struct Locked<'a> {
+    found: Found<'a>,
+    arrays: Arrays<'a>,
+    pages: usize,
+    /// `migrate_*_pages()` was called.
+    moved: bool,
+}
+
+impl Locked<'_> {
+    /// Whether page `i` may migrate; once the pages have moved, whether it has if it was to.
+    fn migrates(&self, i: usize) -> bool {
+        self.arrays.src[i] & bindings::MIGRATE_PFN_MIGRATE as usize != 0
+    }
+
+    /// The page that was mapped at place `i`, if it was one.
+    fn src_page(&self, i: usize) -> *mut bindings::page {
+        // SAFETY: The element is zero or what mm made of a pfn.
+        unsafe { bindings::migrate_pfn_to_page(self.arrays.src[i]) }
+    }
+
+    /// The page that is to replace the one at place `i`, if there is one.
+    fn dst_page(&self, i: usize) -> *mut bindings::page {
+        // SAFETY: The element is zero or what was made of a pfn.
+        unsafe { bindings::migrate_pfn_to_page(self.arrays.dst[i]) }
+    }
+
+    /// Frees the destination of page `i`, if it has one.
+    fn forget_dst(&mut self, i: usize) {
+        let mpfn = core::mem::take(&mut self.arrays.dst[i]);
+        // SAFETY: By the type invariants, and it is not there any more.
+        drop(unsafe { NewPage::from_mpfn(mpfn) });
+    }
+
+    /// Has the device copy some of `copies`.
+    ///
+    /// # Errors
+    ///
+    /// Those of the driver; [`EIO`] if it did not look at all of them.
+    fn copy(&mut self, pool: &Pool, which: Range<usize>, to_device: bool) -> Result {
+        let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
+        // SAFETY: The pages of RAM are locked, unmapped and referenced by mm alone, or new: nobody
+        // else accesses them, and they stay for as long as `self` does. Each is there once. Pages go
+        // to RAM only with a page of RAM.
+        let mut batch = unsafe { CopyBatch::new(copies, to_device) };
+        if !copies.is_empty() {
+            pool.ops().copy(&mut batch)?;
+        }
+        match batch.next() {
+            None => Ok(()),
+            Some(_) => Err(EIO),
+        }
+    }
+
+    /// The address of page `i`, if that is how it was found.
+    fn address(&self, i: usize) -> Option<(&VmaRef, usize)> {
+        match &self.found {
+            Found::Vma(vma, args) => Some((vma, args.start + (i << PAGE_SHIFT))),
+            Found::Pfns => None,
+        }
+    }
+
+    /// Calls the `_vma` form or the `_device` form of a function of mm.
+    fn call(
+        &mut self,
+        vma: unsafe extern "C" fn(*mut bindings::migrate_vma),
+        device: unsafe extern "C" fn(*mut usize, *mut usize, usize),
+    ) {
+        let (src, dst) = (self.arrays.src.as_mut_ptr(), self.arrays.dst.as_mut_ptr());
+        match &mut self.found {
+            Found::Vma(_, args) => {
+                (args.src, args.dst) = (src, dst);
+                // SAFETY: The arguments are as the functions before it left them, by the type
+                // invariants, and mmap_lock has been held since.
+                unsafe { vma(args) }
+            }
+            // SAFETY: The arrays are as the functions before it left them, by the type invariants.
+            Found::Pfns => unsafe { device(src, dst, self.pages) },
+        }
+    }
+}
+
+impl Drop for Locked<'_> {
+    /// Maps the pages again: at their destination if they moved, else where they were.
+    fn drop(&mut self) {
+        if !self.moved {
+            // A destination that mm sees is mapped, whatever is in it.
+            for i in 0..self.pages {
+                self.forget_dst(i);
+            }
+        }
+        self.call(
+            bindings::migrate_vma_finalize,
+            bindings::migrate_device_finalize,
+        );
+    }
+}
+
+/// What is looked for at the addresses of a VMA.
+pub(crate) enum Select {
+    /// Pages of RAM, holes and the zero page.
+    Ram,
+    /// Pages of the device. The page is the one that the CPU waits for, or null.
+    Device(*mut bindings::page),
+}
+
+/// Pages that are locked and unmapped. Dropped, they are mapped where they were.
+pub(crate) struct Collected<'a>(Locked<'a>);
+
+/// Pages that have a destination which holds what they held. Dropped, they are mapped where they
+/// were.
+pub(crate) struct Copied<'a>(Locked<'a>);
+
+/// Pages that have moved, if they could. Dropped, they are mapped where they are now.
+pub(crate) struct Committed<'a>(Locked<'a>);
+
+impl<'a> Collected<'a> {
+    /// Locks and unmaps the pages of `range` of `vma`.
+    ///
+    /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// `mmap_lock` is held for `'a`. The page that `select` names is locked and referenced, and
+    /// device-private.
+    pub(crate) unsafe fn at(
+        vma: &'a VmaRef,
+        range: PageRange,
+        owner: *mut c_void,
+        select: Select,
+        arrays: Arrays<'a>,
+    ) -> Result<Self> {
+        let (flags, fault_page) = match select {
+            Select::Ram => (
+                bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM,
+                null_mut(),
+            ),
+            Select::Device(page) => (
+                bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+                page,
+            ),
+        };
+        if arrays.len() < range.pages() {
+            return Err(EINVAL);
+        }
+        let mut args = bindings::migrate_vma {
+            vma: vma.as_ptr(),
+            src: arrays.src.as_mut_ptr(),
+            dst: arrays.dst.as_mut_ptr(),
+            cpages: 0,
+            npages: 0,
+            start: range.start(),
+            end: range.end(),
+            pgmap_owner: owner,
+            flags: flags as usize,
+            fault_page,
+        };
+        // SAFETY: The arrays have an element for each page; mmap_lock is held and `fault_page` is
+        // locked, by the caller's promise.
+        to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
+        // INVARIANT: It has set both arrays, the destinations to zero.
+        Ok(Self(Locked {
+            pages: args.npages,
+            found: Found::Vma(vma, args),
+            arrays,
+            moved: false,
+        }))
+    }
+
+    /// Locks and unmaps the device's pages whose pfns are in the first `pages` elements of
+    /// `arrays.src`, wherever they are mapped.
+    ///
+    /// Pages that are free, or that somebody else has locked or has a reference to, are left alone.
+    /// The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// The pfns are of chunks, which cannot go, and there are as many as that.
+    unsafe fn pfns(arrays: Arrays<'a>, pages: usize) -> Self {
+        arrays.dst[..pages].fill(0);
+        // SAFETY: The array has the pages, which are valid by the caller's promise. This cannot
+        // fail.
+        unsafe { bindings::migrate_device_pfns(arrays.src.as_mut_ptr(), pages) };
+        // INVARIANT: Both arrays were set above.
+        Self(Locked {
+            found: Found::Pfns,
+            arrays,
+            pages,
+            moved: false,
+        })
+    }
+
+    /// Copies the pages to those of `reservation`, as far as these go, and zeroes the device's
+    /// memory where there was nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// Those of the driver. Nothing moves then.
+    pub(crate) fn to_device(
+        mut self,
+        pool: &Pool,
+        reservation: &mut Reservation<'_>,
+        data: &mut dyn FnMut() -> *mut c_void,
+    ) -> Result<Copied<'a>> {
+        let mut count = 0;
+        for i in 0..self.0.pages {
+            if !self.0.migrates(i) {
+                continue;
+            }
+            let Some(page) = reservation.page(data) else {
+                break;
+            };
+            let src = self.0.src_page(i);
+            let ram = match src.is_null() {
+                true => null_mut(),
+                // SAFETY: The page is valid.
+                false => unsafe { bindings::page_address(src) }.cast(),
+            };
+            self.0.arrays.copies[count] = PageCopy {
+                // SAFETY: A reservation is of pages of chunks.
+                device: unsafe { address_of(page.as_ptr()) },
+                ram,
+                index: i,
+            };
+            count += 1;
+            // INVARIANT: A new page.
+            self.0.arrays.dst[i] = page.into_mpfn();
+        }
+        self.0.copy(pool, 0..count, true)?;
+        Ok(Copied(self.0))
+    }
+
+    /// Copies the pages to new pages of RAM, allocated with `gfp`. Those for which there is none, or
+    /// which cannot be copied, stay; but if it is page `need`, all do.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`] and those of the driver, if it was that why none comes, or not page `need`.
+    fn to_ram(
+        mut self,
+        pool: &Pool,
+        gfp: bindings::gfp_t,
+        need: Option<usize>,
+    ) -> Result<Copied<'a>> {
+        if need.is_some_and(|need| need >= self.0.pages || !self.0.migrates(need)) {
+            return Ok(Copied(self.0));
+        }
+        let mut count = 0;
+        let others = (0..self.0.pages).filter(|i| Some(*i) != need);
+        for i in Iterator::chain(need.into_iter(), others) {
+            let src = self.0.src_page(i);
+            // Holes are collected too, whatever was asked for.
+            if !self.0.migrates(i) || src.is_null() {
+                continue;
+            }
+            // SAFETY: Only pages of this pool were asked for, so this is one; it is locked.
+            let device = unsafe { address_of(src) };
+            // Of two that found the page to evict it the second may have locked it when the first was
+            // done. What it is now is certain, since it is locked.
+            if !pool.is_used(device) {
+                continue;
+            }
+            let gfp = if Some(i) == need { GFP_NEED } else { gfp };
+            let Some(page) = NewPage::alloc(gfp, self.0.address(i)) else {
+                if count == 0 {
+                    return Err(ENOMEM);
+                }
+                break;
+            };
+            // SAFETY: The page is valid.
+            let ram = unsafe { bindings::page_address(page.as_ptr()) }.cast();
+            // INVARIANT: A new page.
+            self.0.arrays.dst[i] = page.into_mpfn();
+            self.0.arrays.copies[count] = PageCopy {
+                device,
+                ram,
+                index: i,
+            };
+            count += 1;
+        }
+        if let Err(err) = self.0.copy(pool, 0..count, false) {
+            // Perhaps it was one of them.
+            let mut copied = 0;
+            for n in 0..count {
+                let i = self.0.arrays.copies[n].index;
+                if self.0.copy(pool, n..n + 1, false).is_ok() {
+                    copied += 1;
+                } else if Some(i) == need {
+                    return Err(err);
+                } else {
+                    self.0.forget_dst(i);
+                }
+            }
+            if copied == 0 {
+                return Err(err);
+            }
+        }
+        Ok(Copied(self.0))
+    }
+}
+
+impl<'a> Copied<'a> {
+    /// Moves the pages, as far as mm can.
+    fn commit(self) -> Committed<'a> {
+        let Self(mut locked) = self;
+        locked.call(bindings::migrate_vma_pages, bindings::migrate_device_pages);
+        // INVARIANT: Copied.
+        locked.moved = true;
+        Committed(locked)
+    }
+
+    /// Moves the pages to the device: those that do can be evicted from now on.
+    pub(crate) fn commit_to_device(self, pool: &Pool) -> Committed<'a> {
+        let committed = self.commit();
+        for i in committed.moved() {
+            // SAFETY: The destinations are of chunks, and locked until `committed` is dropped.
+            pool.settle(unsafe { address_of(committed.0.dst_page(i)) });
+        }
+        committed
+    }
+
+    /// Moves the pages to RAM, and tells the driver.
+    fn commit_to_ram(self, pool: &Pool, reason: MigrateReason) -> Committed<'a> {
+        let committed = self.commit();
+        for i in committed.moved() {
+            let page = committed.0.src_page(i);
+            // SAFETY: The pages in `src` are of chunks, locked and referenced until `committed` is
+            // dropped.
+            let (address, data) = unsafe { (address_of(page), data_of(page)) };
+            pool.leave(address);
+            // SAFETY: The data is that of the page, which is not freed meanwhile.
+            unsafe { pool.ops().migrated_to_ram(data, reason) };
+        }
+        committed
+    }
+}
+
+impl Committed<'_> {
+    /// How many pages have moved.
+    ///
+    /// It says no more: the process may have dropped one meanwhile, and may drop any as soon as
+    /// they are mapped.
+    pub(crate) fn pages(&self) -> usize {
+        self.moved().count()
+    }
+
+    fn moved(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.0.pages).filter(|i| self.0.migrates(*i) && self.0.arrays.dst[*i] != 0)
+    }
+}
+
+/// Brings home those of the device's pages `pfns` that come, with `gfp` for the pages of RAM.
+/// Returns how many came.
+///
+/// # Errors
+///
+/// [`ENOMEM`], and those of the driver, if it was that why none came.
+///
+/// # Safety
+///
+/// The pfns are of chunks of `pool`, which cannot go. There are at most [`BATCH`].
+pub(crate) unsafe fn evict(pool: &Pool, pfns: &mut [usize], gfp: bindings::gfp_t) -> Result<usize> {
+    let pages = pfns.len();
+    let (mut dst, mut copies) = ([0; BATCH], [PageCopy::NONE; BATCH]);
+    let arrays = Arrays {
+        src: pfns,
+        dst: &mut dst,
+        copies: &mut copies,
+    };
+    // SAFETY: By the caller's promise.
+    let collected = unsafe { Collected::pfns(arrays, pages) };
+    let copied = collected.to_ram(pool, gfp, None)?;
+    let committed = copied.commit_to_ram(pool, MigrateReason::Evict);
+    Ok(committed.pages())
+}
+
+/// Called by mm when the CPU touches a page of a device.
+///
+/// # Safety
+///
+/// `vmf` is valid, its page is of a chunk, locked and referenced, and mapped at its address;
+/// `mmap_lock` is held.
+pub(crate) unsafe extern "C" fn migrate_to_ram(
+    vmf: *mut bindings::vm_fault,
+) -> bindings::vm_fault_t {
+    // SAFETY: By the caller's promise.
+    let (page, vma, va) = unsafe {
+        let at = (*vmf).__bindgen_anon_1;
+        ((*vmf).page, VmaRef::from_raw(at.vma), at.address)
+    };
+    // SAFETY: By the caller's promise.
+    match unsafe { cpu_fault(vma, va, page) } {
+        // Where the page did not come, somebody else was at it: the CPU tries again.
+        Ok(()) => 0,
+        Err(err) if err == ENOMEM => bindings::vm_fault_reason_VM_FAULT_OOM,
+        Err(_) => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+    }
+}
+
+/// Brings home the page at `va`, and those around it if they come.
+///
+/// # Safety
+///
+/// `page` is of a chunk, locked and referenced; `mmap_lock` is held.
+unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Result {
+    // SAFETY: By the caller's promise.
+    let pool = unsafe { pool_of(page) };
+    let range = PageRange::aligned_block(va, CPU_FAULT_ORDER)?
+        .intersect(&PageRange::new(vma.start(), vma.end())?)
+        .ok_or(EFAULT)?;
+    let (mut src, mut dst) = ([0; BATCH], [0; BATCH]);
+    let mut copies = [PageCopy::NONE; BATCH];
+    let arrays = Arrays {
+        src: &mut src,
+        dst: &mut dst,
+        copies: &mut copies,
+    };
+    let owner = Pool::owner(Some(pool));
+    // SAFETY: By the caller's promise.
+    let collected = unsafe { Collected::at(vma, range, owner, Select::Device(page), arrays) }?;
+    let copied = collected.to_ram(pool, GFP_TRY, range.index_of(va))?;
+    copied.commit_to_ram(pool, MigrateReason::CpuFault);
+    Ok(())
+}
+
+/// What [`Mirror::migrate_to_device`] and [`Mirror::migrate_to_ram`] need for a window of pages.
+pub struct MigrateBuf {
+    order: u32,
+    src: KVVec<usize>,
+    dst: KVVec<usize>,
+    copies: KVVec<PageCopy>,
+    reserved: KVVec<usize>,
+}
+
+impl MigrateBuf {
+    /// Makes a buffer for windows of up to `2^order` pages, naturally aligned.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if `order` is above [`FaultBuf::MAX_ORDER`], [`ENOMEM`].
+    #[inline]
+    pub fn new(order: u32) -> Result<Self> {
+        if order > FaultBuf::MAX_ORDER {
+            return Err(EINVAL);
+        }
+        let pages = 1 << order;
+        Ok(Self {
+            order,
+            src: KVVec::from_elem(0, pages, GFP_KERNEL_ACCOUNT)?,
+            dst: KVVec::from_elem(0, pages, GFP_KERNEL_ACCOUNT)?,
+            copies: KVVec::from_elem(PageCopy::NONE, pages, GFP_KERNEL_ACCOUNT)?,
+            reserved: KVVec::from_elem(0, pages, GFP_KERNEL_ACCOUNT)?,
+        })
+    }
+
+    pub(crate) fn arrays(&mut self) -> (Arrays<'_>, &mut [usize]) {
+        let arrays = Arrays {
+            src: &mut self.src,
+            dst: &mut self.dst,
+            copies: &mut self.copies,
+        };
+        (arrays, &mut self.reserved)
+    }
+}
+
+/// How far a migration went.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Migrated {
+    range: PageRange,
+    pages: usize,
+}
+
+impl Migrated {
+    /// The part of the range that was looked at: it starts where the range does.
+    #[inline]
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
+
+    /// How many pages of it moved. Those that somebody has a reference to do not.
+    #[inline]
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+}
+
+impl Mirror {
+    /// Migrates the pages of `range` to the memory of the device, where `pool` has or makes room.
+    ///
+    /// Only private anonymous memory that may be read migrates. What was never touched gets a page of
+    /// zeroes there; what is swapped out stays so. Soft-dirty tracking does not see what a device
+    /// writes there. One call serves one window: from the start of `range` to the
+    /// end of the aligned block that `buf` spans, and no further than the VMA and the region go.
+    /// `data` is called for each page that gets a place, with pages locked: it is best if it does
+    /// little more than to clone.
+    ///
+    /// The device is told nothing of where a page is now: it has lost what it knew of the window,
+    /// and faults it again.
+    ///
+    /// # Context
+    ///
+    /// A task of the mirrored process, which holds no lock. May evict pages, of any process.
+    ///
+    /// # Errors
+    ///
+    /// - [`EINVAL`] if the mirror was made without `pool`.
+    /// - [`EPERM`] if the current task's address space is another.
+    /// - [`EFAULT`] if nothing is mapped at the start of `range`.
+    /// - [`EINTR`] if the task received a fatal signal.
+    /// - [`EBUSY`] if invalidations kept colliding.
+    /// - [`ENOMEM`] if the pool is full and nothing can be evicted.
+    /// - [`EIO`] if [`PoolOps::copy`] has left a part of its batch, and what that returns.
+    ///
+    /// The pages stay where they were then.
+    #[inline]
+    pub fn migrate_to_device<T: PoolOps>(
+        &self,
+        pool: &DevicePool<T>,
+        range: PageRange,
+        buf: &mut MigrateBuf,
+        mut data: impl FnMut() -> T::PageData,
+    ) -> Result<Migrated> {
+        migrate_to_device(self, pool.pool(), range, buf, &mut || data().into_raw())
+    }
+
+    /// Migrates those pages of `range` that are in the memory of the device to RAM.
+    ///
+    /// # Context
+    ///
+    /// As for [`Mirror::migrate_to_device`]; no page of others is touched.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Mirror::migrate_to_device`], without [`EINVAL`]. Where memory is short or some pages
+    /// cannot be copied fewer come; it is an error if none does. A mirror without a pool has nothing
+    /// to migrate.
+    #[inline(never)]
+    #[export_name = "hmm_mirror_migrate_to_ram"]
+    pub fn migrate_to_ram(&self, range: PageRange, buf: &mut MigrateBuf) -> Result<Migrated> {
+        let current = kernel::current!();
+        let mm = self.current_mm(current.mm())?;
+        let Some(pool) = self.pool() else {
+            return Ok(Migrated { range, pages: 0 });
+        };
+        let (range, pages) = self.survey(mm, range, buf)?;
+        if pages.device == 0 {
+            return Ok(Migrated { range, pages: 0 });
+        }
+
+        let guard = mm.mmap_read_lock_killable()?;
+        let (vma, range) = clip(guard.vma_lookup(range.start()), range)?;
+        if !can_migrate(vma) {
+            return Ok(Migrated { range, pages: 0 });
+        }
+        let (owner, select) = (Pool::owner(Some(pool)), Select::Device(null_mut()));
+        // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no page that the CPU waits
+        // for.
+        let collected = unsafe { Collected::at(vma, range, owner, select, buf.arrays().0) }?;
+        let copied = collected.to_ram(pool, GFP_REQUEST, None)?;
+        let pages = copied.commit_to_ram(pool, MigrateReason::Request).pages();
+        Ok(Migrated { range, pages })
+    }
+
+    /// Clips `range` to a window and counts its pages by where they are.
+    ///
+    /// So that nothing is unmapped or evicted in vain; what it tells may be stale by now.
+    fn survey(
+        &self,
+        mm: &MmWithUser,
+        range: PageRange,
+        buf: &mut MigrateBuf,
+    ) -> Result<(PageRange, Survey)> {
+        if range.start() >= self.task_size() {
+            return Err(EFAULT);
+        }
+        let region = self.region_or_insert(mm, range.start())?;
+        let range = PageRange::aligned_block(range.start(), buf.order)?
+            .intersect(&range)
+            .and_then(|range| range.intersect(&region.range()))
+            .ok_or(EFAULT)?;
+        let guard = mm.mmap_read_lock_killable()?;
+        let (vma, range) = clip(guard.vma_lookup(range.start()), range)?;
+        let can_migrate = can_migrate(vma);
+        drop(guard);
+        let mut pages = Survey::default();
+        if !can_migrate {
+            return Ok((range, pages));
+        }
+
+        let pfns = buf.src.get_mut(..range.pages()).ok_or(EINVAL)?;
+        let owner = Pool::owner(self.pool());
+        report(&region, range, None, owner, DEFAULT_TIMEOUT_MS, pfns)?;
+        pages.device = self.pool().map_or(0, |pool| pool.count(pfns));
+        pages.other = range.pages() - pages.device;
+        Ok((range, pages))
+    }
+}
+
+/// How many pages of a window are where.
+#[derive(Default)]
+struct Survey {
+    /// In the device's memory.
+    device: usize,
+    /// Elsewhere, or nowhere yet. None where mm would not migrate them.
+    other: usize,
+}
+
+#[inline(never)]
+#[export_name = "hmm_mirror_migrate_to_device"]
+fn migrate_to_device(
+    mirror: &Mirror,
+    pool: &Arc<Pool>,
+    range: PageRange,
+    buf: &mut MigrateBuf,
+    data: &mut dyn FnMut() -> *mut c_void,
+) -> Result<Migrated> {
+    let current = kernel::current!();
+    let mm = mirror.current_mm(current.mm())?;
+    let owner = Pool::owner(Some(pool));
+    if Pool::owner(mirror.pool()) != owner {
+        return Err(EINVAL);
+    }
+    let (range, pages) = mirror.survey(mm, range, buf)?;
+    if pages.other == 0 {
+        return Ok(Migrated { range, pages: 0 });
+    }
+
+    // Before any lock of mm is taken: to make room pages are evicted, and chunks made.
+    let (arrays, reserved) = buf.arrays();
+    let reserved = reserved.get_mut(..pages.other).ok_or(EINVAL)?;
+    let mut reservation = Pool::reserve(pool, reserved)?;
+
+    let guard = mm.mmap_read_lock_killable()?;
+    let (vma, range) = clip(guard.vma_lookup(range.start()), range)?;
+    if !can_migrate(vma) {
+        return Ok(Migrated { range, pages: 0 });
+    }
+    // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
+    let collected = unsafe { Collected::at(vma, range, owner, Select::Ram, arrays) }?;
+    let copied = collected.to_device(pool, &mut reservation, data)?;
+    let pages = copied.commit_to_device(pool).pages();
+    Ok(Migrated { range, pages })
+}
+
+/// The part of `range` that lies in `vma`, in which it starts.
+fn clip(vma: Option<&VmaRef>, range: PageRange) -> Result<(&VmaRef, PageRange)> {
+    let vma = vma.ok_or(EFAULT)?;
+    let bounds = PageRange::new(vma.start(), vma.end())?;
+    Ok((vma, bounds.intersect(&range).ok_or(EFAULT)?))
+}
+
+/// Whether mm migrates pages of `vma` to private memory at all, and a device could use them there.
+fn can_migrate(vma: &VmaRef) -> bool {
+    let special = flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::MIXEDMAP;
+    let readable = vma.flags() & (special | flags::READ) == flags::READ;
+    // A migration would not ask the handler that waits for accesses.
+    //
+    // SAFETY: The VMA is valid.
+    let trapped = unsafe { bindings::userfaultfd_rwp(vma.as_ptr()) };
+    // SAFETY: As above.
+    readable && !trapped && unsafe { bindings::vma_is_anonymous(vma.as_ptr()) }
+}
