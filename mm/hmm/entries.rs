@@ -53,8 +53,8 @@ enum Place {
 ///
 /// # Invariants
 ///
-/// Every entry of a leaf was reported by `hmm_range_fault()`, and was not invalidated since. It says
-/// that the page is the device's where it is one of a pool, and nowhere else.
+/// Every entry of a leaf was reported by `hmm_range_fault()`, and was not invalidated since. It
+/// says that the page is the device's where it is one of a pool, and nowhere else.
 pub(crate) struct Entries {
     range: PageRange,
     leaves: KVec<Option<KBox<Leaf>>>,

@@ -4,7 +4,8 @@
 //!
 //! A device that shares a process's address space needs three things of mm: to fault the process's
 //! pages, to know what it may see of them, and to hear when that ends. One that has memory of its
-//! own needs a fourth: to have pages there. This crate gives a driver those, and nothing else of mm.
+//! own needs a fourth: to have pages there. This crate gives a driver those, and nothing else of
+//! mm.
 //!
 //! # The contract
 //!
@@ -20,10 +21,10 @@
 //!   lock, after the sequence was checked.
 //! - A [`Commit`] gives one [`Entry`] a page, clamped to the window. A page that the device may
 //!   write is a [`WritePage`]; nothing else is. Neither a `struct page` nor a pfn leaves the core.
-//! - A [`DevicePool`] makes a device's memory a place for pages. What is where is the core's to know:
-//!   [`Mirror::migrate_to_device`] moves pages there, the CPU's touch or a full pool moves them back,
-//!   and a device that faults a page gets it where it is. The driver copies when it is told to
-//!   ([`PoolOps::copy`]). Whatever fails, a page is where it was, with what it held.
+//! - A [`DevicePool`] makes a device's memory a place for pages. What is where is the core's to
+//!   know: [`Mirror::migrate_to_device`] moves pages there, the CPU's touch or a full pool moves
+//!   them back, and a device that faults a page gets it where it is. The driver copies when it is
+//!   told to ([`PoolOps::copy`]). Whatever fails, a page is where it was, with what it held.
 //! - Units are bytes for addresses, pages for counts, orders for sizes. A [`PageRange`] is aligned,
 //!   not empty and does not wrap.
 //!
@@ -33,8 +34,9 @@
 //! own come after it. Under a region's lock nothing allocates in a way that waits, drops an mm or
 //! accesses user memory.
 //!
-//! A pool's list of chunks comes before `mmap_lock`; the locks of pages come after that. While pages
-//! are locked the driver copies, and nothing waits for room in a pool.
+//! A pool makes room, by a chunk or by eviction, while no lock of mm is held; the locks of pages
+//! come after `mmap_lock`. While they are held the driver copies, and nothing waits for room.
+//! [`PoolOps::read`] and [`PoolOps::write`] run under a region's lock.
 //!
 //! # Layers
 //!

@@ -4,12 +4,12 @@
 //!
 //! A migration is mm's: it unmaps and locks pages, and maps them again at one of two places. In
 //! between the device copies. The states are types: [`Collected`] pages are locked, [`Copied`] ones
-//! have a destination that holds what they held, and [`Copied::commit`] says how many moved. Whatever
-//! happens the pages are mapped again, once, when the state is dropped; those that were not copied
-//! stay where they were.
+//! have a destination that holds what they held, and [`Copied::commit`] says how many moved.
+//! Whatever happens the pages are mapped again, once, when the state is dropped; those that were
+//! not copied stay where they were.
 //!
-//! Nothing here tells a device where a page is: the notifiers have erased what it knew, and it is to
-//! fault the pages again.
+//! Nothing here tells a device where a page is: the notifiers have erased what it knew, and it is
+//! to fault the pages again.
 //!
 //! C header: [`include/linux/migrate.h`](srctree/include/linux/migrate.h)
 
@@ -92,8 +92,8 @@ pub enum MigrateReason {
 ///
 /// # Invariants
 ///
-/// As above, and it is mapped nowhere. Somebody who looks for pages to evict may have a reference for
-/// a moment.
+/// As above, and it is mapped nowhere. Somebody who looks for pages to evict may have a reference
+/// for a moment.
 pub(crate) struct NewPage(NonNull<bindings::page>);
 
 impl NewPage {
@@ -188,8 +188,8 @@ enum Found<'a> {
 /// # Invariants
 ///
 /// `src` is as `migrate_vma_setup()` or `migrate_device_pfns()` left it, for `pages` pages, but for
-/// what `migrate_*_pages()` changed. Every element of `dst` is zero or a [`NewPage`]; if `moved`, one
-/// that holds what the page in `src` held.
+/// what `migrate_*_pages()` changed. Every element of `dst` is zero or a [`NewPage`]; if `moved`,
+/// one that holds what the page in `src` held.
 struct Locked<'a> {
     found: Found<'a>,
     arrays: Arrays<'a>,
@@ -231,8 +231,8 @@ impl Locked<'_> {
     fn copy(&mut self, pool: &Pool, which: Range<usize>, to_device: bool) -> Result {
         let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
         // SAFETY: The pages of RAM are locked, unmapped and referenced by mm alone, or new: nobody
-        // else accesses them, and they stay for as long as `self` does. Each is there once. Pages go
-        // to RAM only with a page of RAM.
+        // else accesses them, and they stay for as long as `self` does. Each is there once. Pages
+        // go to RAM only with a page of RAM.
         let mut batch = unsafe { CopyBatch::new(copies, to_device) };
         if !copies.is_empty() {
             pool.ops().copy(&mut batch)?;
@@ -421,8 +421,8 @@ impl<'a> Collected<'a> {
         Ok(Copied(self.0))
     }
 
-    /// Copies the pages to new pages of RAM, allocated with `gfp`. Those for which there is none, or
-    /// which cannot be copied, stay; but if it is page `need`, all do.
+    /// Copies the pages to new pages of RAM, allocated with `gfp`. Those for which there is none,
+    /// or which cannot be copied, stay; but if it is page `need`, all do.
     ///
     /// # Errors
     ///
@@ -446,8 +446,8 @@ impl<'a> Collected<'a> {
             }
             // SAFETY: Only pages of this pool were asked for, so this is one; it is locked.
             let device = unsafe { address_of(src) };
-            // Of two that found the page to evict it the second may have locked it when the first was
-            // done. What it is now is certain, since it is locked.
+            // Of two that found the page to evict it the second may have locked it when the first
+            // was done. What it is now is certain, since it is locked.
             if !pool.is_used(device) {
                 continue;
             }
@@ -678,12 +678,12 @@ impl Migrated {
 impl Mirror {
     /// Migrates the pages of `range` to the memory of the device, where `pool` has or makes room.
     ///
-    /// Only private anonymous memory that may be read migrates. What was never touched gets a page of
-    /// zeroes there; what is swapped out stays so. Soft-dirty tracking does not see what a device
-    /// writes there. One call serves one window: from the start of `range` to the
-    /// end of the aligned block that `buf` spans, and no further than the VMA and the region go.
-    /// `data` is called for each page that gets a place, with pages locked: it is best if it does
-    /// little more than to clone.
+    /// Only private anonymous memory that may be read migrates. What was never touched gets a page
+    /// of zeroes there; what is swapped out stays so. Soft-dirty tracking does not see what a
+    /// device writes there. One call serves one window: from the start of `range` to the end of the
+    /// aligned block that `buf` spans, and no further than the VMA and the region go. `data` is
+    /// called for each page that gets a place, with pages locked: it is best if it does little more
+    /// than to clone.
     ///
     /// The device is told nothing of where a page is now: it has lost what it knew of the window,
     /// and faults it again.
@@ -722,9 +722,9 @@ impl Mirror {
     ///
     /// # Errors
     ///
-    /// As for [`Mirror::migrate_to_device`], without [`EINVAL`]. Where memory is short or some pages
-    /// cannot be copied fewer come; it is an error if none does. A mirror without a pool has nothing
-    /// to migrate.
+    /// As for [`Mirror::migrate_to_device`], without [`EINVAL`]. Where memory is short or some
+    /// pages cannot be copied fewer come; it is an error if none does. A mirror without a pool has
+    /// nothing to migrate.
     #[inline(never)]
     #[export_name = "hmm_mirror_migrate_to_ram"]
     pub fn migrate_to_ram(&self, range: PageRange, buf: &mut MigrateBuf) -> Result<Migrated> {
@@ -744,8 +744,8 @@ impl Mirror {
             return Ok(Migrated { range, pages: 0 });
         }
         let (owner, select) = (Pool::owner(Some(pool)), Select::Device(null_mut()));
-        // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no page that the CPU waits
-        // for.
+        // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no page that the CPU
+        // waits for.
         let collected = unsafe { Collected::at(vma, range, owner, select, buf.arrays().0) }?;
         let copied = collected.to_ram(pool, GFP_REQUEST, None)?;
         let pages = copied.commit_to_ram(pool, MigrateReason::Request).pages();

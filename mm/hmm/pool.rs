@@ -6,8 +6,8 @@
 //! runs out and kept until the pool ends. Owns the free lists, the data that a driver keeps for a
 //! page, and the order of the end. How pages get in and out is `migrate.rs`.
 //!
-//! Lock order: the locks of pages, then `slots`. `chunks` is a lock of its own: to add one, memory is
-//! allocated and hot-plugged.
+//! Lock order: the locks of pages, then `slots`. `chunks` is a lock of its own: to add one, memory
+//! is allocated and hot-plugged.
 //!
 //! C header: [`include/linux/memremap.h`](srctree/include/linux/memremap.h)
 
@@ -141,8 +141,8 @@ pub trait PoolOps: Send + Sync + 'static {
     /// # Errors
     ///
     /// On any, and if `batch` is not at its end, all pages stay where they were and what was copied
-    /// is thrown away; on the way home the pages are then asked for one by one. A CPU that waits for
-    /// a page which cannot be copied gets SIGBUS.
+    /// is thrown away; on the way home the pages are then asked for one by one. A CPU that waits
+    /// for a page which cannot be copied gets SIGBUS.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
 
     /// Reads the device's memory at `address`, for [`Mirror::read`](super::Mirror::read).
@@ -324,8 +324,8 @@ impl Chunk {
                             end: start + len as u64 - 1,
                         };
                     }
-                    // SAFETY: `slot` stays where it is until it is unmapped, and what mm asks for is
-                    // set. The range was requested, and nothing else uses it.
+                    // SAFETY: `slot` stays where it is until it is unmapped, and what mm asks for
+                    // is set. The range was requested, and nothing else uses it.
                     from_err_ptr(unsafe {
                         bindings::memremap_pages(slot, bindings::NUMA_NO_NODE)
                     })?;
@@ -508,8 +508,8 @@ impl Pool {
         core::ptr::eq(owner.cast(), self)
     }
 
-    /// Takes pages for what is to come: free ones, those of a new chunk, or those that the oldest in
-    /// use leave when they are evicted. `pfns` has an element for each.
+    /// Takes pages for what is to come: free ones, those of a new chunk, or those that the oldest
+    /// in use leave when they are evicted. `pfns` has an element for each.
     ///
     /// # Context
     ///
@@ -708,8 +708,8 @@ impl Reservation<'_> {
         let pfn = *self.left().first()?;
         // INVARIANT: The page is not among those that are left any more.
         self.used += 1;
-        // SAFETY: The chunk has a struct page for each of its pages, and cannot go while one of them
-        // is in use.
+        // SAFETY: The chunk has a struct page for each of its pages, and cannot go while one of
+        // them is in use.
         let page = unsafe { bindings::pfn_to_page(pfn) };
         // SAFETY: As above; nobody has a reference to the page, and its chunk's pagemap is alive.
         unsafe {

@@ -2,10 +2,10 @@
 
 //! Which pages of a device's memory are free, and in what order the others were taken.
 //!
-//! A buddy allocator whose blocks never span two chunks, and a list of the blocks that hold pages of
-//! processes, oldest first. Pages are counted from the start of the device's memory; what a chunk is to others
-//! is one number that is kept for them, the pfn of its first page. Pure: no C code is called but
-//! allocation, and none is done where a lock may be held.
+//! A buddy allocator whose blocks never span two chunks, and a list of the blocks that hold pages
+//! of processes, oldest first. Pages are counted from the start of the device's memory; what a
+//! chunk is to others is one number that is kept for them, the pfn of its first page. Pure: no C
+//! code is called but allocation, and none is done where a lock may be held.
 
 use kernel::prelude::*;
 
@@ -260,8 +260,8 @@ impl Slots {
         Ok(())
     }
 
-    /// Fills `pfns` with the pfns of pages in use, those that came first first, and makes them the
-    /// youngest: who asks next gets others. Returns how many there are.
+    /// Fills `pfns` with the pfns of pages in use, those that came longest ago first, and makes
+    /// them the youngest: who asks next gets others. Returns how many there are.
     pub(crate) fn oldest(&mut self, pfns: &mut [usize]) -> usize {
         let last = self.used.last;
         let mut count = 0;

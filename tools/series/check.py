@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """`make check`: what can be said of the series without running it."""
 
+import fnmatch
 import glob
 import os
 import re
@@ -83,9 +84,10 @@ def quiltimport(tree, files):
     return git(tree, "rev-parse", "HEAD^{tree}")
 
 
-def ignored_types():
+def ignored_types(patch):
     lines = read(os.path.join(HERE, "checkpatch-ignore")).splitlines()
-    return [l.split()[0] for l in lines if l.strip() and not l.startswith("#")]
+    rules = [l.split()[:2] for l in lines if l.strip() and not l.startswith("#")]
+    return [t for t, which in rules if fnmatch.fnmatch(os.path.basename(patch), which)]
 
 
 def checkpatch(tree, patch):
@@ -93,7 +95,7 @@ def checkpatch(tree, patch):
     # The system's python3 first: it is the one that has the modules of spdxcheck and codespell.
     env = dict(ENV, PATH="/usr/bin:" + ENV["PATH"])
     status = run(["perl", "scripts/checkpatch.pl", "--strict", "--codespell", "--no-signoff", "--show-types",
-                  "--no-summary"] + ["--ignore=" + t for t in ignored_types()] + [patch],
+                  "--no-summary"] + ["--ignore=" + t for t in ignored_types(patch)] + [patch],
                  name, cwd=tree, env=env, check=False, timeout=300)
     text = read(logfile(name))
     if "typos will be found" in text:
@@ -142,8 +144,17 @@ def kernel_doc(src, changes):
     fail_if(problems, log if problems else None)
 
 
+def maintainers(src, changes):
+    """A section has a file, a directory with all below it, or a pattern."""
+    lines = re.findall(r"^F:\s*(\S+)", read(os.path.join(src, "MAINTAINERS")), re.M)
+    lines = [l for l in lines if l != "*" and l != "*/"]
+    fail_if(["%s: not in MAINTAINERS" % f for f in sorted(changes.added)
+             if not any(f.startswith(l) if l.endswith("/") else fnmatch.fnmatch(f, l) for l in lines)])
+
+
 class Lint:
-    """One build with clippy and W=1, of what the series touches only."""
+    """A build with clippy and W=1, of what the series touches only, and one of what is Rust in it
+    without device memory."""
 
     def __init__(self, kernels, changes):
         self.k, self.changes = kernels, changes
@@ -171,22 +182,26 @@ class Lint:
         start = time.time() - 1
         if os.path.exists(self.log):
             os.unlink(self.log)
-        k.make("lint", "CLIPPY=1", "W=1", "prepare", what="the build with clippy and W=1")
-        if targets:
-            k.make("lint", "CLIPPY=1", "W=1", *sorted(targets), what="the build with clippy and W=1")
-        self.unseen(out, start, [f for f in self.changes.files(".c", ".rs")
-                                 if not f.startswith(("tools/", "scripts/", "rust/bindings/"))])
+        seen = self.make(out, start, sorted(targets))
+        k.configure("lint", k.kunitconfig(), HERE + "/um.config", HERE + "/lint.config", HERE + "/nodevice.config")
+        seen += self.make(out, start, sorted(t for t in targets if t.endswith("/")))
+        # A file that was not compiled was not checked.
+        fail_if(["%s: not compiled with these configurations, so not checked" % f
+                 for f in self.changes.files(".c", ".rs")
+                 if not f.startswith(("tools/", "scripts/", "rust/bindings/")) and "/" + f not in seen])
 
-    def unseen(self, out, start, files):
-        """A file that was not compiled was not checked."""
+    def make(self, out, start, targets):
+        """Builds the crates and `targets`; what was compiled, with what it is made of."""
         seen = ""
+        self.k.make("lint", "CLIPPY=1", "W=1", "prepare", what="the build with clippy and W=1")
+        if targets:
+            self.k.make("lint", "CLIPPY=1", "W=1", *targets, what="the build with clippy and W=1")
         for directory, dirs, names in os.walk(out):
             for name in names:
                 path = os.path.join(directory, name)
                 if name.endswith(".cmd") and os.path.getmtime(path) >= start:
                     seen += read(path)
-        fail_if(["%s: not compiled with this configuration, so not checked" % f for f in files
-                 if "/" + f not in seen])
+        return seen
 
     def warnings(self, rust):
         found = findings(read(self.log), self.k.src, self.changes)
@@ -231,6 +246,8 @@ def all_checks(tally, base, head, kernels, worktree):
         have = patches.on_disk(patches=False)
         fail_if(patches.differences(want, have) + (
             [] if not patches.differences(want, have) else ["`make tree && make refresh` makes them anew"]))
+    with tally.test("maintainers: every file that is added has an F: line"):
+        maintainers(src, Changes(repo, base.commit, head))
     with tally.test("mails: size, trailers, ASCII, white space"):
         problems = []
         for path in files + glob.glob(patches.PATCHES + "/*.txt"):

@@ -2,9 +2,9 @@
 
 //! The instances of the device, and their open files.
 //!
-//! An instance is a faux device, a node in /dev, memory and counters. Opening the node gives the GPU
-//! the address space of the process that opens it, for as long as the file is open. Owns the layers
-//! below, and passes the ioctls to [`uapi`].
+//! An instance is a faux device, a node in /dev, memory and counters. Opening the node gives the
+//! GPU the address space of the process that opens it, for as long as the file is open. Owns the
+//! layers below, and passes the ioctls to [`uapi`].
 
 use super::{
     counters::{

@@ -1,16 +1,56 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Error: E0308
 //! Hazard: 2
-//! A pool of one driver is taken for that of another, whose pages keep other data.
+//! A pool is taken for that of another driver, by a subtype, whose pages keep other data.
 
 #![forbid(unsafe_code)]
+#![allow(coherence_leak_check)]
 
-use hmm::{DevicePool, PoolOps};
+use hmm::{CopyBatch, DevicePool, MigrateReason, PoolOps};
+use kernel::{
+    prelude::*,
+    sync::{Arc, ArcBorrow},
+};
 
-pub fn convert<T, U>(pool: DevicePool<T>) -> DevicePool<U>
-where
-    T: PoolOps<PageData = u64>,
-    U: PoolOps<PageData = kernel::sync::Arc<u64>>,
-{
+pub struct Kind<F>(F);
+
+type General = for<'a> fn(&'a ());
+type Special = fn(&'static ());
+
+impl PoolOps for Kind<General> {
+    type PageData = u64;
+
+    fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        batch.for_each(drop);
+        Ok(())
+    }
+
+    fn read(&self, _address: usize, _buf: &mut [u8]) {}
+
+    fn write(&self, _address: usize, _buf: &[u8]) {}
+
+    fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
+
+    fn page_freed(&self, _data: u64) {}
+}
+
+impl PoolOps for Kind<Special> {
+    type PageData = Arc<u64>;
+
+    fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        batch.for_each(drop);
+        Ok(())
+    }
+
+    fn read(&self, _address: usize, _buf: &mut [u8]) {}
+
+    fn write(&self, _address: usize, _buf: &[u8]) {}
+
+    fn migrated_to_ram(&self, _data: ArcBorrow<'_, u64>, _reason: MigrateReason) {}
+
+    fn page_freed(&self, _data: Arc<u64>) {}
+}
+
+pub fn convert(pool: DevicePool<Kind<Special>>) -> DevicePool<Kind<General>> {
     pool
 }
