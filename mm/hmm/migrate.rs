@@ -387,7 +387,7 @@ impl<'a> Collected<'a> {
     /// # Errors
     ///
     /// Those of the driver. Nothing moves then.
-    pub(crate) fn to_device(
+    pub(crate) fn copy_to_device(
         mut self,
         pool: &Pool,
         reservation: &mut Reservation<'_>,
@@ -427,7 +427,7 @@ impl<'a> Collected<'a> {
     /// # Errors
     ///
     /// [`ENOMEM`] and those of the driver, if it was that why none comes, or not page `need`.
-    fn to_ram(
+    fn copy_to_ram(
         mut self,
         pool: &Pool,
         gfp: bindings::gfp_t,
@@ -560,7 +560,7 @@ pub(crate) unsafe fn evict(pool: &Pool, pfns: &mut [usize], gfp: bindings::gfp_t
     };
     // SAFETY: By the caller's promise.
     let collected = unsafe { Collected::pfns(arrays, pages) };
-    let copied = collected.to_ram(pool, gfp, None)?;
+    let copied = collected.copy_to_ram(pool, gfp, None)?;
     let committed = copied.commit_to_ram(pool, MigrateReason::Evict);
     Ok(committed.pages())
 }
@@ -609,7 +609,7 @@ unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Resul
     let owner = Pool::owner(Some(pool));
     // SAFETY: By the caller's promise.
     let collected = unsafe { Collected::at(vma, range, owner, Select::Device(page), arrays) }?;
-    let copied = collected.to_ram(pool, GFP_TRY, range.index_of(va))?;
+    let copied = collected.copy_to_ram(pool, GFP_TRY, range.index_of(va))?;
     copied.commit_to_ram(pool, MigrateReason::CpuFault);
     Ok(())
 }
@@ -747,7 +747,7 @@ impl Mirror {
         // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no page that the CPU
         // waits for.
         let collected = unsafe { Collected::at(vma, range, owner, select, buf.arrays().0) }?;
-        let copied = collected.to_ram(pool, GFP_REQUEST, None)?;
+        let copied = collected.copy_to_ram(pool, GFP_REQUEST, None)?;
         let pages = copied.commit_to_ram(pool, MigrateReason::Request).pages();
         Ok(Migrated { range, pages })
     }
@@ -828,7 +828,7 @@ fn migrate_to_device(
     }
     // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
     let collected = unsafe { Collected::at(vma, range, owner, Select::Ram, arrays) }?;
-    let copied = collected.to_device(pool, &mut reservation, data)?;
+    let copied = collected.copy_to_device(pool, &mut reservation, data)?;
     let pages = copied.commit_to_device(pool).pages();
     Ok(Migrated { range, pages })
 }

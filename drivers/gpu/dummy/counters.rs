@@ -17,6 +17,7 @@ use kernel::{
 
 /// A counter of `struct dummy_gpu_stats`.
 #[derive(Copy, Clone)]
+#[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), expect(dead_code))]
 pub(crate) enum Counter {
     /// Commands that ran to their end.
     Commands,

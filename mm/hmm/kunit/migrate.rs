@@ -98,14 +98,14 @@ impl Setup {
         })
     }
 
-    fn to_device(&mut self, range: PageRange) -> Result<usize> {
+    fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
         let migrated = self
             .mirror
             .migrate_to_device(&self.pool, range, &mut self.buf, || 1);
         migrated.map(|migrated| migrated.pages())
     }
 
-    fn to_ram(&mut self, range: PageRange) -> Result<usize> {
+    fn migrate_out(&mut self, range: PageRange) -> Result<usize> {
         let migrated = self.mirror.migrate_to_ram(range, &mut self.buf)?;
         Ok(migrated.pages())
     }
@@ -195,7 +195,7 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            assert_eq!(setup.to_device(window)?, WINDOW);
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
             assert_eq!(setup.used(), WINDOW);
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
             for (n, va) in window.page_addrs().enumerate() {
@@ -221,7 +221,7 @@ mod tests {
             let va = window.start();
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
             assert_eq!(first_byte(&setup.mirror, va), Some(1));
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             assert_eq!(first_byte(&setup.mirror, va), None);
             assert!(setup.mirror.write(va, &[9]).is_err());
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
@@ -239,7 +239,7 @@ mod tests {
             let window = map_window(mm, None)?;
             assert!(user_has(page(window, 1)?.start(), 0)?);
             user_write(page(window, 2)?.start(), 2)?;
-            assert_eq!(setup.to_device(window)?, WINDOW);
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
             assert_eq!(fault(&setup.mirror, window, Access::Read)?, WINDOW);
             let mut bytes = KVec::from_elem(0xff, PAGE_SIZE, GFP_KERNEL)?;
             for (n, va) in window.page_addrs().enumerate() {
@@ -262,8 +262,8 @@ mod tests {
             let hole = map_window(mm, None)?;
             // The first half is copied, the rest is not: nothing moves.
             setup.device.most.store(WINDOW / 2, Relaxed);
-            assert_eq!(setup.to_device(window), Err(EIO));
-            assert_eq!(setup.to_device(hole), Err(EIO));
+            assert_eq!(setup.migrate_in(window), Err(EIO));
+            assert_eq!(setup.migrate_in(hole), Err(EIO));
             assert_eq!(setup.used(), 0);
             assert_eq!(setup.freed(), 2 * WINDOW as u64);
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
@@ -289,7 +289,7 @@ mod tests {
             }
             setup.device.most.store(WINDOW / 2, Relaxed);
             setup.device.honest.store(false, Relaxed);
-            assert_eq!(setup.to_device(window), Err(EIO));
+            assert_eq!(setup.migrate_in(window), Err(EIO));
             assert_eq!(setup.used(), 0);
             for (n, va) in window.page_addrs().enumerate() {
                 assert!(user_has(va, 1 - n as u8 % 2)?);
@@ -303,10 +303,10 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             setup.device.most.store(0, Relaxed);
             assert_eq!(user_has(window.start(), 1), Err(EFAULT));
-            assert_eq!(setup.to_ram(window), Err(EIO));
+            assert_eq!(setup.migrate_out(window), Err(EIO));
             assert_eq!(setup.used(), WINDOW);
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
             setup.device.most.store(usize::MAX, Relaxed);
@@ -323,7 +323,7 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             // One page of RAM is left.
             assert!(with_allocs(1, || user_has(page(window, 7)?.start(), 8))?);
             assert_eq!(setup.home(MigrateReason::CpuFault), 1);
@@ -332,7 +332,7 @@ mod tests {
             setup.device.bad.store(9 * PAGE_SIZE, Relaxed);
             assert!(user_has(page(window, 5)?.start(), 6)?);
             assert_eq!(setup.used(), 1);
-            assert_eq!(setup.to_ram(window), Err(EIO));
+            assert_eq!(setup.migrate_out(window), Err(EIO));
             let touched = user_has(page(window, 9)?.start(), 10);
             assert_eq!(touched, Err(EFAULT));
             assert_eq!(fault(&setup.mirror, page(window, 9)?, Access::Write)?, 1);
@@ -350,12 +350,12 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, None)?;
             for n in [3, 9] {
-                assert_eq!(setup.to_device(page(window, n)?)?, 1);
+                assert_eq!(setup.migrate_in(page(window, n)?)?, 1);
             }
             assert!(user_has(page(window, 3)?.start(), 0)?);
             assert_eq!(setup.home(MigrateReason::CpuFault), 2);
-            assert_eq!(setup.to_device(page(window, 3)?)?, 1);
-            assert_eq!(setup.to_ram(window)?, 1);
+            assert_eq!(setup.migrate_in(page(window, 3)?)?, 1);
+            assert_eq!(setup.migrate_out(window)?, 1);
             // They are holes still.
             assert_eq!(fault(&setup.mirror, window, Access::Read)?, 0);
             assert_eq!(setup.used(), 0);
@@ -368,12 +368,12 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
-            assert_eq!(with_allocs(0, || setup.to_ram(window)), Err(ENOMEM));
+            setup.migrate_in(window)?;
+            assert_eq!(with_allocs(0, || setup.migrate_out(window)), Err(ENOMEM));
             let touched = with_allocs(0, || user_has(window.start(), 1));
             assert_eq!(touched, Err(EFAULT));
             assert_eq!(setup.used(), WINDOW);
-            assert_eq!(with_allocs(3, || setup.to_ram(window)), Ok(3));
+            assert_eq!(with_allocs(3, || setup.migrate_out(window)), Ok(3));
             assert_eq!(setup.home(MigrateReason::Request), 3);
             for (n, va) in window.page_addrs().enumerate() {
                 assert!(user_has(va, 1 + n as u8)?);
@@ -396,7 +396,7 @@ mod tests {
             }
             for n in 0..windows {
                 let window = PageRange::from_len(all.start() + n * align, align)?;
-                assert_eq!(setup.to_device(window)?, WINDOW);
+                assert_eq!(setup.migrate_in(window)?, WINDOW);
             }
             assert_eq!(setup.used(), CHUNK);
             assert_eq!(setup.home(MigrateReason::Evict), 2 * WINDOW as u64);
@@ -405,7 +405,7 @@ mod tests {
             assert_eq!(fault(&setup.mirror, first, Access::Read)?, 0);
             assert_eq!(fault(&setup.mirror, last, Access::Read)?, WINDOW);
             // What is there already wants no room.
-            assert_eq!(setup.to_device(last)?, 0);
+            assert_eq!(setup.migrate_in(last)?, 0);
             assert_eq!(setup.home(MigrateReason::Evict), 2 * WINDOW as u64);
             for (n, va) in all.page_addrs().enumerate() {
                 assert!(user_has(va, n as u8)?);
@@ -423,12 +423,12 @@ mod tests {
             let mut pfns = KVec::from_elem(0, CHUNK, GFP_KERNEL)?;
             let inner = setup.pool.pool().clone();
             let all = Pool::reserve(&inner, &mut pfns)?;
-            assert_eq!(setup.to_device(window), Err(ENOMEM));
+            assert_eq!(setup.migrate_in(window), Err(ENOMEM));
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
             assert!(setup.mirror.write(window.start(), &[9; PAGE_SIZE]).is_ok());
             assert!(user_has(window.start(), 9)?);
             drop(all);
-            assert_eq!(setup.to_device(window)?, WINDOW);
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
             Ok(())
         })
     }
@@ -473,7 +473,7 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             mm.munmap(window.start(), window.len())?;
             assert_eq!(setup.freed(), WINDOW as u64);
             assert_eq!(setup.device.sum.load(Relaxed), WINDOW as u64);
@@ -487,7 +487,7 @@ mod tests {
         let setup = with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             assert_eq!(setup.used(), WINDOW);
             Ok(setup)
         })?;
@@ -512,7 +512,8 @@ mod tests {
             // SAFETY: `guard` holds mmap_lock.
             let collected =
                 unsafe { Collected::at(vma, window, owner, Select::Ram, buf.arrays().0) }?;
-            let copied = collected.to_device(pool, &mut reservation, &mut || 5u64.into_raw())?;
+            let copied =
+                collected.copy_to_device(pool, &mut reservation, &mut || 5u64.into_raw())?;
             let committed = copied.commit_to_device(pool);
             // As MADV_DONTNEED does.
             vma.zap_vma_range(window.start(), 4 * PAGE_SIZE);
@@ -546,7 +547,7 @@ mod tests {
             // SAFETY: `guard` holds mmap_lock.
             let collected =
                 unsafe { Collected::at(vma, window, owner, Select::Ram, buf.arrays().0) }?;
-            drop(collected.to_device(pool, &mut reservation, &mut || 5u64.into_raw())?);
+            drop(collected.copy_to_device(pool, &mut reservation, &mut || 5u64.into_raw())?);
             drop(guard);
             drop(reservation);
 
@@ -588,7 +589,7 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             // Who looks for pages to evict has their pfns when one of them leaves.
             let mut pfns = [0; WINDOW];
             assert_eq!(setup.pool.pool().oldest(&mut pfns), WINDOW);
@@ -613,7 +614,7 @@ mod tests {
             let mut setup = Setup::new()?;
             let len = WINDOW * PAGE_SIZE;
             let none = PageRange::from_len(mm.mmap_anonymous(len, Prot::None)?, len)?;
-            assert_eq!(setup.to_device(none)?, 0);
+            assert_eq!(setup.migrate_in(none)?, 0);
             assert_eq!(setup.freed(), 0);
             assert_eq!(setup.used(), 0);
             Ok(())
@@ -625,11 +626,11 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            assert_eq!(setup.to_ram(window)?, 0);
-            setup.to_device(window)?;
+            assert_eq!(setup.migrate_out(window)?, 0);
+            setup.migrate_in(window)?;
             let part = PageRange::from_len(page(window, 2)?.start(), 3 * PAGE_SIZE)?;
-            assert_eq!(setup.to_ram(part)?, 3);
-            assert_eq!(setup.to_ram(window)?, WINDOW - 3);
+            assert_eq!(setup.migrate_out(part)?, 3);
+            assert_eq!(setup.migrate_out(window)?, WINDOW - 3);
             assert_eq!(setup.home(MigrateReason::Request), WINDOW as u64);
             assert_eq!(setup.home(MigrateReason::CpuFault), 0);
             for (n, va) in window.page_addrs().enumerate() {
@@ -645,7 +646,7 @@ mod tests {
             let mut setup = Setup::new()?;
             let other = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            setup.to_device(window)?;
+            setup.migrate_in(window)?;
             assert_eq!(fault(&other.mirror, window, Access::Read)?, 0);
             assert_eq!(first_byte(&other.mirror, window.start()), Some(1));
             assert_eq!(setup.used(), 0);
@@ -667,7 +668,7 @@ mod tests {
             let addr = mm.mmap_anonymous(len, Prot::Read)?;
             let addr = addr.next_multiple_of(WINDOW * PAGE_SIZE);
             let window = PageRange::from_len(addr, WINDOW * PAGE_SIZE)?;
-            assert_eq!(setup.to_device(window)?, WINDOW);
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
             let result = fault(&setup.mirror, window, Access::Write);
             assert_eq!(result, Err(EPERM));
             assert_eq!(fault(&setup.mirror, window, Access::Read)?, WINDOW);
@@ -685,7 +686,7 @@ mod tests {
                 let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, shared)?;
                 let range = PageRange::from_len(va, PAGE_SIZE)?;
                 user_write(va, 1)?;
-                assert_eq!(setup.to_device(range)?, 0);
+                assert_eq!(setup.migrate_in(range)?, 0);
                 assert_eq!(fault(&setup.mirror, range, Access::Write)?, 0);
                 assert_eq!(first_byte(&setup.mirror, va), Some(1));
             }
@@ -701,13 +702,13 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             let hole = page(window, 2)?;
             mm.munmap(hole.start(), hole.len())?;
-            assert_eq!(setup.to_device(hole), Err(EFAULT));
-            assert_eq!(setup.to_ram(hole), Err(EFAULT));
+            assert_eq!(setup.migrate_in(hole), Err(EFAULT));
+            assert_eq!(setup.migrate_out(hole), Err(EFAULT));
             // Up to the hole.
-            assert_eq!(setup.to_device(window), Ok(2));
+            assert_eq!(setup.migrate_in(window), Ok(2));
             let last = usize::MAX - (2 * PAGE_SIZE - 1);
             let last = PageRange::from_len(last, PAGE_SIZE)?;
-            assert_eq!(setup.to_device(last), Err(EFAULT));
+            assert_eq!(setup.migrate_in(last), Err(EFAULT));
             Ok(())
         })
     }

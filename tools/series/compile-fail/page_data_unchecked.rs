@@ -3,8 +3,6 @@
 //! Hazard: 2
 //! A driver says itself how what it keeps for a page becomes a pointer.
 
-#![forbid(unsafe_code)]
-
 use hmm::PageData;
 use kernel::prelude::*;
 
