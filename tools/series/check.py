@@ -246,8 +246,9 @@ def all_checks(tally, base, head, kernels, worktree):
         have = patches.on_disk(patches=False)
         fail_if(patches.differences(want, have) + (
             [] if not patches.differences(want, have) else ["`make tree && make refresh` makes them anew"]))
+    changes = Changes(repo, base.commit, head)
     with tally.test("maintainers: every file that is added has an F: line"):
-        maintainers(src, Changes(repo, base.commit, head))
+        maintainers(src, changes)
     with tally.test("mails: size, trailers, ASCII, white space"):
         problems = []
         for path in files + glob.glob(patches.PATCHES + "/*.txt"):
@@ -260,7 +261,6 @@ def all_checks(tally, base, head, kernels, worktree):
     for commit, path in zip(commits, files):
         with tally.test("checkpatch: " + os.path.basename(path)[:45]):
             checkpatch(worktree(base, "apply", commit), path)
-    changes = Changes(repo, base.commit, head)
     with tally.test("rustfmt"):
         rustfmt(src, changes)
     with tally.test("SPDX"):
