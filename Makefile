@@ -4,8 +4,8 @@
 MAKEFLAGS += --no-print-directory
 export KERNEL_TREE JOBS TREE FILE RUN ARGS TIMEOUT
 
-.PHONY: help demo test uml tree refresh check bisect mutants clean
-help demo test uml tree refresh check bisect mutants clean:
+.PHONY: help demo test uml tree refresh check bisect mutants debug configs clean
+help demo test uml tree refresh check bisect mutants debug configs clean:
 	@tools/series/series $@
 
 .DEFAULT_GOAL := help

@@ -22,6 +22,7 @@ use kernel::{
     },
     prelude::*, //
 };
+use pin_init::init_zeroed;
 
 /// The number of pages of a leaf is `2^LEAF_ORDER`: a leaf takes a page, and its pages are 2 MiB
 /// where pages have 4 KiB.
@@ -31,14 +32,18 @@ const LEAF_PAGES: usize = 1 << LEAF_ORDER;
 const LEAF_BYTES: usize = PAGE_SIZE << LEAF_ORDER;
 
 /// The entries of an aligned block of [`LEAF_PAGES`] pages.
+#[derive(Zeroable)]
 pub(crate) struct Leaf([Pfn; LEAF_PAGES]);
 
 impl Leaf {
+    /// A leaf without an entry: [`Pfn::NONE`] is zero.
     pub(crate) fn new() -> Result<KBox<Self>> {
-        Ok(KBox::new(
-            Self([Pfn::NONE; LEAF_PAGES]),
-            GFP_KERNEL_ACCOUNT,
-        )?)
+        // In place: it is too large for a stack.
+        KBox::init(init_zeroed(), GFP_KERNEL_ACCOUNT)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().all(|pfn| *pfn == Pfn::NONE)
     }
 }
 
@@ -53,8 +58,9 @@ enum Place {
 ///
 /// # Invariants
 ///
-/// Every entry of a leaf was reported by `hmm_range_fault()`, and was not invalidated since. It
-/// says that the page is the device's where it is one of a pool, and nowhere else.
+/// Every entry of a leaf but [`Pfn::NONE`] was reported by `hmm_range_fault()`, and was not
+/// invalidated since. It says that the page is the device's where it is one of a pool, and nowhere
+/// else; any other page is in the kernel's direct map.
 pub(crate) struct Entries {
     range: PageRange,
     leaves: KVec<Option<KBox<Leaf>>>,
@@ -66,12 +72,18 @@ impl Entries {
         let leaves = range.len() / LEAF_BYTES;
         let mut this = Self {
             range,
-            leaves: KVec::with_capacity(leaves, GFP_KERNEL)?,
+            leaves: KVec::with_capacity(leaves, GFP_KERNEL_ACCOUNT)?,
         };
         for _ in 0..leaves {
-            this.leaves.push(None, GFP_KERNEL)?;
+            this.leaves.push(None, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(this)
+    }
+
+    /// How many leaves there are.
+    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
+    pub(crate) fn leaves(&self) -> usize {
+        self.leaves.iter().flatten().count()
     }
 
     /// The position of `va`: its leaf, and the page in it.
@@ -103,7 +115,8 @@ impl Entries {
     ///
     /// `hmm_range_fault()` reported `pfns` for `range`, and no invalidation collided with it since:
     /// the region's lock is held for write and `mmu_interval_read_retry()` returned false under it.
-    /// Those that [`Pool::owns`] says are of a pool are marked so.
+    /// Those that [`Pool::owns`] says are of a pool are marked so, and the others are in the direct
+    /// map.
     pub(crate) unsafe fn install(
         &mut self,
         range: PageRange,
@@ -112,6 +125,9 @@ impl Entries {
     ) -> Result {
         let (leaf, page) = self.position(range.start()).ok_or(EINVAL)?;
         let leaf = self.leaves.get_mut(leaf).ok_or(EINVAL)?;
+        if range.pages() > LEAF_PAGES - page {
+            return Err(EINVAL);
+        }
         if leaf.is_none() {
             *leaf = spare.take();
         }
@@ -124,7 +140,8 @@ impl Entries {
         Ok(())
     }
 
-    /// Forgets the entries of `range`.
+    /// Forgets the entries of `range`, and the leaves that have none any more: what a process has
+    /// unmapped costs nothing.
     pub(crate) fn erase(&mut self, range: PageRange) {
         let mut va = range.start();
         while va < range.end() {
@@ -133,11 +150,10 @@ impl Entries {
             };
             let pages = (LEAF_PAGES - page).min((range.end() - va) / PAGE_SIZE);
             if let Some(slot) = self.leaves.get_mut(leaf) {
-                if pages == LEAF_PAGES {
-                    *slot = None;
-                } else if let Some(leaf) = slot {
+                if let Some(leaf) = slot {
                     leaf.0[page..page + pages].fill(Pfn::NONE);
                 }
+                slot.take_if(|leaf| leaf.is_empty());
             }
             va += pages * PAGE_SIZE;
         }
@@ -160,6 +176,7 @@ impl Entries {
         // - `page()` checked that the bytes lie in one page, and that the page may be read: it is
         //   mapped by the process and stays so while the lock is held, since the notifier takes the
         //   lock for write before mm unmaps it.
+        // - The kernel can reach it, by the type invariants.
         // - `buf` is valid for writes of its length.
         // - The process and other devices may write the page meanwhile. C copies the bytes, and
         //   they are only bytes: whatever is torn is torn by the program's own race.
@@ -191,7 +208,7 @@ impl Entries {
         // page lock is not needed, as under a page table's lock.
         //
         // SAFETY: The page is valid, as above.
-        unsafe { bindings::set_page_dirty(page) };
+        unsafe { bindings::folio_mark_dirty(bindings::page_folio(page)) };
         true
     }
 

@@ -40,6 +40,7 @@ use kernel::{
         msecs_to_jiffies,
         Delta,
         Instant,
+        Jiffies,
         Monotonic, //
     },
 };
@@ -81,8 +82,8 @@ impl FaultRequest {
     ///
     /// Neither a fault handler (it may wait for a disk, or for a userfaultfd) nor an invalidation
     /// that runs is cut short by it. A fatal signal ends the former.
-    #[inline]
-    pub fn timeout_ms(self, timeout_ms: u32) -> Self {
+    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
+    pub(crate) fn timeout_ms(self, timeout_ms: u32) -> Self {
         Self { timeout_ms, ..self }
     }
 }
@@ -120,10 +121,45 @@ impl FaultBuf {
         })
     }
 
-    /// How often the last fault had to start again because an invalidation collided with it.
+    /// How often the last fault threw away what it had and started again, since an invalidation
+    /// had collided with it.
     #[inline]
     pub fn retries(&self) -> u32 {
         self.retries
+    }
+}
+
+/// The time for retries of one fault.
+///
+/// It begins to run after the first report: what the fault handlers took for that does not count.
+pub(crate) struct Deadline {
+    timeout: Delta,
+    begin: Option<Instant<Monotonic>>,
+}
+
+impl Deadline {
+    pub(crate) fn new(timeout_ms: u32) -> Self {
+        Self {
+            timeout: Delta::from_millis(timeout_ms.into()),
+            begin: None,
+        }
+    }
+
+    fn left(&self) -> Delta {
+        match self.begin {
+            Some(begin) => self.timeout - begin.elapsed(),
+            None => self.timeout,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.left().is_negative()
+    }
+
+    /// What is left, for the next report: one jiffy at least, since none is no bound there.
+    fn jiffies(&self) -> Jiffies {
+        let ms = self.left().as_millis().max(0).try_into();
+        msecs_to_jiffies(ms.unwrap_or(u32::MAX)).max(1)
     }
 }
 
@@ -133,17 +169,26 @@ impl FaultBuf {
 /// `owner` is that of the pool whose pages are reported; those of other devices come home when they
 /// are faulted.
 ///
+/// # Context
+///
+/// Takes `mmap_lock` of `mm` for read.
+///
 /// # Errors
 ///
-/// Those of `hmm_range_fault_unlocked_timeout()`.
-pub(crate) fn report(
+/// Those of `hmm_range_fault_unlocked_timeout()`; [`EINVAL`] if `region` is not one of `mm`, or if
+/// `range` does not lie in it or has more pages than `pfns` has elements.
+pub(crate) fn range_fault(
+    mm: &MmWithUser,
     region: &Region,
     range: PageRange,
     access: Option<Access>,
     owner: *mut c_void,
-    timeout_ms: u32,
+    deadline: &mut Deadline,
     pfns: &mut [usize],
 ) -> Result<usize> {
+    if !region.is_of(mm) || region.range().intersect(&range) != Some(range) {
+        return Err(EINVAL);
+    }
     let pfns = pfns.get_mut(..range.pages()).ok_or(EINVAL)?;
     pfns.fill(0);
     // The C loop starts again with its own output as the input, where HMM_PFN_VALID and
@@ -158,13 +203,14 @@ pub(crate) fn report(
         pfn_flags_mask: 0,
         dev_private_owner: owner,
     };
-    // SAFETY: The notifier is inserted, and spans the range: callers clip it to the region. Its mm
-    // has users, since the callers run on it, and they do not hold mmap_lock. `hmm_pfns` has an
-    // element for each page.
-    to_result(unsafe {
-        bindings::hmm_range_fault_unlocked_timeout(&mut range, msecs_to_jiffies(timeout_ms).max(1))
-    })?;
-    Ok(range.notifier_seq)
+    // SAFETY: The notifier is inserted, by the type invariants of `Region`; as checked above it
+    // spans the range, `hmm_pfns` has an element for each page, and its mm is `mm`, which has
+    // users.
+    let result = to_result(unsafe {
+        bindings::hmm_range_fault_unlocked_timeout(&mut range, deadline.jiffies())
+    });
+    deadline.begin.get_or_insert_with(Instant::now);
+    result.map(|()| range.notifier_seq)
 }
 
 /// Proof that what was reported of a window still holds.
@@ -278,45 +324,52 @@ impl Entry<'_> {
     }
 }
 
+/// The VMA at `va`.
+///
+/// # Errors
+///
+/// [`EFAULT`] if there is none, or if its memory is secret even to the kernel, which GUP refuses
+/// too; [`EINTR`].
+fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
+    let guard = mm.mmap_read_lock_killable()?;
+    let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
+    // SAFETY: The VMA is valid.
+    if unsafe { bindings::vma_is_secretmem(vma.as_ptr()) } {
+        return Err(EFAULT);
+    }
+    PageRange::new(vma.start(), vma.end())
+}
+
 /// The part of a request that one attempt is for.
 ///
 /// # Invariants
 ///
-/// `window` lies in one region and one leaf, has no more pages than the buffer, and contains
+/// `range` lies in `region` and in one leaf, has no more pages than the buffer, and contains
 /// `needed`.
 #[derive(Copy, Clone)]
-pub(crate) struct Window {
-    window: PageRange,
+struct Window<'r> {
+    region: &'r Region,
+    range: PageRange,
     needed: PageRange,
     access: Access,
 }
 
-impl Window {
+impl<'r> Window<'r> {
     /// Clips the request to a window of `2^order` pages, the region and the VMA.
     ///
     /// The VMA may change before the fault; then the fault finds out. It is looked at so that a
-    /// hole after the VMA does not make the whole window fail each time.
-    pub(crate) fn new(
-        mm: &MmWithUser,
-        region: &Region,
-        req: &FaultRequest,
-        order: u32,
-    ) -> Result<Self> {
-        let start = req.need.start();
-        let vma = {
-            let guard = mm.mmap_read_lock_killable()?;
-            let vma = guard.vma_lookup(start).ok_or(EFAULT)?;
-            PageRange::new(vma.start(), vma.end())?
-        };
+    /// hole after the VMA does not make what is needed fail each time.
+    fn new(region: &'r Region, vma: PageRange, req: &FaultRequest, order: u32) -> Result<Self> {
         // INVARIANT: An aligned block of at most a leaf's order lies in one leaf; the intersections
-        // only shrink it. All contain `start`.
-        let window = PageRange::aligned_block(start, order)?
-            .intersect(&region.range())
-            .and_then(|window| window.intersect(&vma))
+        // only shrink it. All contain the start of what is needed.
+        let range = region
+            .window(req.need.start(), order)?
+            .intersect(&vma)
             .ok_or(EFAULT)?;
         Ok(Self {
-            window,
-            needed: window.intersect(&req.need).ok_or(EFAULT)?,
+            region,
+            range,
+            needed: range.intersect(&req.need).ok_or(EFAULT)?,
             access: req.access,
         })
     }
@@ -325,8 +378,8 @@ impl Window {
     fn narrow(&self) -> Option<Self> {
         let page = PageRange::from_len(self.needed.start(), PAGE_SIZE).ok()?;
         // INVARIANT: The page is one of the window's.
-        (self.window != page).then_some(Self {
-            window: page,
+        (self.range != page).then_some(Self {
+            range: page,
             needed: page,
             ..*self
         })
@@ -334,25 +387,30 @@ impl Window {
 }
 
 /// A report of `hmm_range_fault()` that may be stale by now.
-pub(crate) struct Snapshot<'b> {
-    window: Window,
+///
+/// # Invariants
+///
+/// The first elements of `buf.pfns` are what was reported for each page of the window's range, with
+/// `seq` and for `owner`.
+struct Snapshot<'a> {
+    window: Window<'a>,
     seq: usize,
     owner: *mut c_void,
-    buf: &'b mut FaultBuf,
+    buf: &'a mut FaultBuf,
 }
 
-impl<'b> Snapshot<'b> {
+impl<'a> Snapshot<'a> {
     /// Faults what is needed and reports the window.
     ///
     /// # Errors
     ///
-    /// Those of `hmm_range_fault_unlocked_timeout()`, and [`ENOMEM`].
-    pub(crate) fn take(
-        region: &Region,
-        window: Window,
+    /// Those of [`range_fault`], and [`ENOMEM`].
+    fn take(
+        mm: &MmWithUser,
+        window: Window<'a>,
         owner: *mut c_void,
-        buf: &'b mut FaultBuf,
-        timeout_ms: u32,
+        deadline: &mut Deadline,
+        buf: &'a mut FaultBuf,
     ) -> Result<Self> {
         if buf.spare.is_none() {
             buf.spare = Some(Leaf::new()?);
@@ -360,26 +418,27 @@ impl<'b> Snapshot<'b> {
 
         // What is needed comes first and alone: asked for one page of a range that has no page
         // table yet, mm faults the range. The rest of the window is then only looked at.
-        let access = window.access;
-        let pfns = &mut buf.pfns[..];
-        let mut seq = report(region, window.needed, Some(access), owner, timeout_ms, pfns)?;
-        let mut stale = window.window != window.needed;
+        let mut look = |range, access, owner, pfns: &mut [usize]| {
+            range_fault(mm, window.region, range, access, owner, deadline, pfns)
+        };
+        let access = Some(window.access);
+        let mut seq = look(window.needed, access, owner, &mut buf.pfns)?;
+        let mut stale = window.range != window.needed;
 
         // A page of the device that it may only read, after a fork, is reported as it is, whatever
         // was asked for. To write, a copy is needed, and that is the CPU's to make: such a page is
         // faulted as one that nobody knows, which brings it home.
         for (va, raw) in window.needed.page_addrs().zip(&mut buf.pfns) {
-            if !Pfn::from_output(*raw).allows(access) {
+            if !Pfn::from_output(*raw).allows(window.access) {
                 let page = PageRange::from_len(va, PAGE_SIZE)?;
-                let raw = core::slice::from_mut(raw);
-                report(region, page, Some(access), null_mut(), timeout_ms, raw)?;
+                look(page, access, null_mut(), core::slice::from_mut(raw))?;
                 stale = true;
             }
         }
         if stale {
-            let pfns = &mut buf.pfns[..];
-            seq = report(region, window.window, None, owner, timeout_ms, pfns)?;
+            seq = look(window.range, None, owner, &mut buf.pfns)?;
         }
+        // INVARIANT: Reported just now.
         Ok(Self {
             window,
             seq,
@@ -393,21 +452,20 @@ impl<'b> Snapshot<'b> {
     /// # Errors
     ///
     /// [`EINTR`] if a fatal signal ends the wait for the lock.
-    pub(crate) fn commit(self, region: &Region, f: &mut dyn FnMut(&Commit<'_>)) -> Result<bool> {
+    fn commit(self, f: &mut dyn FnMut(&Commit<'_>)) -> Result<bool> {
         let Self {
             window,
             seq,
             owner,
             buf,
         } = self;
-        let pfns = buf.pfns.get_mut(..window.window.pages()).ok_or(EINVAL)?;
+        let pfns = buf.pfns.get_mut(..window.range.pages()).ok_or(EINVAL)?;
 
-        let mut entries = region.entries().write_killable()?;
-        if region.read_retry(seq, &entries) {
+        let Some(mut entries) = window.region.lock_unless_stale(seq)? else {
             return Ok(false);
-        }
-        for (va, raw) in window.window.page_addrs().zip(pfns.iter_mut()) {
-            // SAFETY: `hmm_range_fault()` reported it, and the sequence was checked under the lock.
+        };
+        for (va, raw) in window.range.page_addrs().zip(pfns.iter_mut()) {
+            // SAFETY: It was reported, by the type invariants, and is not stale under the lock.
             let pfn = unsafe { identify(Pfn::from_output(*raw), owner) };
             // What was needed may have gone before the window was looked at.
             if window.needed.contains(va) && !pfn.allows(window.access) {
@@ -416,18 +474,18 @@ impl<'b> Snapshot<'b> {
             *raw = pfn.into_raw();
         }
         let pfns = &*pfns;
-        // SAFETY: `Snapshot::take` got the array from `hmm_range_fault()` for this window; the lock
-        // is held for write, and the sequence was checked under it. `identify()` has marked the
-        // device's pages.
+        // SAFETY: The array was reported for this window of the region, by the type invariants; the
+        // region's lock is held for write, and nothing has collided. `identify()` has marked the
+        // device's pages and left out those that are not in the direct map.
         unsafe {
             entries.install(
-                window.window,
+                window.range,
                 pfns.iter().map(|&raw| Pfn::from_raw(raw)),
                 &mut buf.spare,
             )
         }?;
         f(&Commit {
-            window: window.window,
+            window: window.range,
             needed: window.needed,
             pfns,
         });
@@ -435,7 +493,8 @@ impl<'b> Snapshot<'b> {
     }
 }
 
-/// Marks the page as the device's if it is one of the pool of `owner`.
+/// Marks the page as the device's if it is one of the pool of `owner`; if it is none that the
+/// kernel can reach by the direct map, makes it an error.
 ///
 /// # Safety
 ///
@@ -446,9 +505,20 @@ unsafe fn identify(pfn: Pfn, owner: *mut c_void) -> Pfn {
         return pfn;
     };
     // SAFETY: The page is there, by the caller's promise.
-    match unsafe { Pool::owns(owner, bindings::hmm_pfn_to_page(raw)) } {
-        true => pfn.with_device(),
-        false => pfn,
+    let page = unsafe { bindings::hmm_pfn_to_page(raw) };
+    // SAFETY: As above.
+    if unsafe { Pool::owns(owner, page) } {
+        return pfn.with_device();
+    }
+    // SAFETY: As above. It is mapped, so it stays in the mapping that it is in.
+    let reachable = unsafe {
+        let mapping = bindings::folio_mapping(bindings::page_folio(page));
+        !bindings::is_pci_p2pdma_page(page)
+            && (mapping.is_null() || !bindings::secretmem_mapping(mapping))
+    };
+    match reachable {
+        true => pfn,
+        false => Pfn::ERROR,
     }
 }
 
@@ -461,13 +531,16 @@ impl Mirror {
     /// # Context
     ///
     /// A task of the mirrored process, which holds no lock. Waits for what the fault handlers wait
-    /// for, killably. `f` runs with the region's lock held: it may not sleep, nor call the mirror.
+    /// for, killably. `f` runs with the region's lock held for write, for which invalidations wait:
+    /// what [`MirrorOps::invalidate`](super::MirrorOps::invalidate) may not do, it may not either,
+    /// but sleep.
     ///
     /// # Errors
     ///
     /// - [`EPERM`] if the current task's address space is another, or for a write to memory that
     ///   the process may not write.
-    /// - [`EFAULT`] if there is no memory that the process may read.
+    /// - [`EFAULT`] if there is no memory that the process may read, or if it is that of
+    ///   `memfd_secret()`.
     /// - [`EINTR`] if the task received a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding until the time for retries was over.
     /// - [`ENOMEM`] if memory for the page, or for the region, is not to be had.
@@ -487,46 +560,30 @@ impl Mirror {
         result.ok_or(EIO)
     }
 
-    pub(crate) fn fault_with(
+    /// The loop of [`Mirror::fault`]. `raced` runs between a snapshot and its commit: the tests let
+    /// invalidations collide there.
+    pub(crate) fn fault_loop(
         &self,
         req: &FaultRequest,
         buf: &mut FaultBuf,
         f: &mut dyn FnMut(&Commit<'_>),
-        before_commit: &mut dyn FnMut(),
+        mut raced: impl FnMut(),
     ) -> Result {
         buf.retries = 0;
-        let result = self.fault_loop(req, buf, f, before_commit);
-        if result == Err(EBUSY) {
-            // SAFETY: Always safe to call.
-            unsafe { hmm_fault_busy(req.need.start(), buf.retries) };
-        }
-        result
-    }
-
-    fn fault_loop(
-        &self,
-        req: &FaultRequest,
-        buf: &mut FaultBuf,
-        f: &mut dyn FnMut(&Commit<'_>),
-        before_commit: &mut dyn FnMut(),
-    ) -> Result {
         let current = kernel::current!();
         let mm = self.current_mm(current.mm())?;
-        if req.need.start() >= self.task_size() {
-            return Err(EFAULT);
-        }
+        // Before a region is made: an address where nothing is mapped leaves nothing behind.
+        let vma = vma_at(mm, req.need.start())?;
         let region = self.region_or_insert(mm, req.need.start())?;
-        let mut window = Window::new(mm, &region, req, buf.order)?;
+        let mut window = Window::new(&region, vma, req, buf.order)?;
         let owner = Pool::owner(self.pool());
 
-        // Started by the first collision: what fault handlers took before it does not count.
-        let mut begin = None;
-        let timeout = Delta::from_millis(req.timeout_ms.into());
+        let mut deadline = Deadline::new(req.timeout_ms);
         loop {
-            match Snapshot::take(&region, window, owner, buf, req.timeout_ms) {
+            match Snapshot::take(mm, window, owner, &mut deadline, buf) {
                 Ok(snapshot) => {
-                    before_commit();
-                    if snapshot.commit(&region, f)? {
+                    raced();
+                    if snapshot.commit(f)? {
                         return Ok(());
                     }
                 }
@@ -539,8 +596,10 @@ impl Mirror {
                 },
             }
             buf.retries += 1;
-            let begin = begin.get_or_insert_with(Instant::<Monotonic>::now);
-            if begin.elapsed() > timeout {
+            if current.fatal_signal_pending() {
+                return Err(EINTR);
+            }
+            if deadline.is_over() {
                 return Err(EBUSY);
             }
         }
@@ -555,5 +614,10 @@ fn mirror_fault(
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&Commit<'_>),
 ) -> Result {
-    mirror.fault_with(req, buf, f, &mut || ())
+    let result = mirror.fault_loop(req, buf, f, || ());
+    if result == Err(EBUSY) {
+        // SAFETY: Always safe to call.
+        unsafe { hmm_fault_busy(req.need.start(), buf.retries) };
+    }
+    result
 }

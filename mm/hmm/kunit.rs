@@ -19,20 +19,36 @@ mod slots;
 use super::{
     mirror::{
         Invalidate,
-        InvalidateKind,
         Invalidated,
         MirrorOps, //
     },
     range::PageRange,
 };
 use kernel::{
+    kunit::user_mm::{
+        Prot,
+        UserMm, //
+    },
     new_spinlock,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{
         Arc,
         SpinLock, //
     },
 };
+
+/// Maps `pages` pages, a power of two, aligned to as many.
+fn map_aligned(mm: &UserMm, pages: usize, prot: Prot) -> Result<PageRange> {
+    let len = pages * PAGE_SIZE;
+    let addr = mm.mmap_anonymous(2 * len, prot)?.next_multiple_of(len);
+    PageRange::from_len(addr, len)
+}
+
+/// Page `index` of `range`.
+fn page(range: PageRange, index: usize) -> Result<PageRange> {
+    PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
+}
 
 /// A driver that notes what it is told.
 #[pin_data]
@@ -44,8 +60,7 @@ struct Recorder {
 #[derive(Default)]
 struct Seen {
     count: usize,
-    released: bool,
-    last: Option<(PageRange, InvalidateKind)>,
+    last: Option<PageRange>,
 }
 
 impl Recorder {
@@ -61,13 +76,8 @@ impl Recorder {
         self.seen.lock().count
     }
 
-    /// Whether one of them was the exit of the process.
-    fn released(&self) -> bool {
-        self.seen.lock().released
-    }
-
-    /// The last of them.
-    fn last(&self) -> Option<(PageRange, InvalidateKind)> {
+    /// The range of the last of them.
+    fn last(&self) -> Option<PageRange> {
         self.seen.lock().last
     }
 }
@@ -76,8 +86,7 @@ impl MirrorOps for Recorder {
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op> {
         let mut seen = self.seen.lock();
         seen.count += 1;
-        seen.released |= event.kind() == InvalidateKind::Release;
-        seen.last = Some((event.range(), event.kind()));
+        seen.last = Some(event.range());
         event.done()
     }
 }

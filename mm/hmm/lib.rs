@@ -53,6 +53,8 @@
 #![no_std]
 // Stable since Rust 1.89.0, and what the KUnit macros use.
 #![feature(used_with_arg)]
+// What is said of device memory above names items that are not there.
+#![cfg_attr(not(CONFIG_RUST_HMM_DEVICE), allow(rustdoc::broken_intra_doc_links))]
 
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod copy;
@@ -95,7 +97,6 @@ pub use migrate::{
 };
 pub use mirror::{
     Invalidate,
-    InvalidateKind,
     Invalidated,
     Mirror,
     MirrorOps,

@@ -19,7 +19,8 @@ use super::{
         PageCopy, //
     },
     fault::{
-        report,
+        range_fault,
+        Deadline,
         FaultBuf,
         DEFAULT_TIMEOUT_MS, //
     },
@@ -29,14 +30,15 @@ use super::{
         data_of,
         pool_of,
         DevicePool,
-        PageData,
         Pool,
         PoolOps,
+        RawData,
         Reservation, //
     },
     range::PageRange,
 };
 use core::{
+    marker::PhantomData,
     ops::Range,
     ptr::{
         null_mut,
@@ -88,76 +90,78 @@ pub enum MigrateReason {
     Request,
 }
 
-/// A new page: locked, with one reference. Freed if it is dropped.
+/// A new folio of one page: locked, with one reference. Freed if it is dropped.
 ///
 /// # Invariants
 ///
 /// As above, and it is mapped nowhere. Somebody who looks for pages to evict may have a reference
 /// for a moment.
-pub(crate) struct NewPage(NonNull<bindings::page>);
+pub(crate) struct NewFolio(NonNull<bindings::folio>);
 
-impl NewPage {
+impl NewFolio {
     /// # Safety
     ///
-    /// `page` is as the type invariants say.
-    pub(crate) unsafe fn new(page: NonNull<bindings::page>) -> Self {
+    /// `folio` is as the type invariants say.
+    pub(crate) unsafe fn new(folio: NonNull<bindings::folio>) -> Self {
         // INVARIANT: By the safety requirements.
-        Self(page)
+        Self(folio)
     }
 
-    /// A page of RAM, for `vma` at `va` if there is one.
+    /// A folio of RAM, for `vma` at `va` if there is one.
     fn alloc(gfp: bindings::gfp_t, vma: Option<(&VmaRef, usize)>) -> Option<Self> {
         #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
         if kernel::kunit::in_kunit_test() && super::kunit::migrate::fail_alloc() {
             return None;
         }
 
-        let page = match vma {
+        let folio = match vma {
             // SAFETY: The VMA is valid, and `va` lies in it.
-            Some((vma, va)) => unsafe {
-                bindings::vma_alloc_folio(gfp, 0, vma.as_ptr(), va).cast()
-            },
+            Some((vma, va)) => unsafe { bindings::vma_alloc_folio(gfp, 0, vma.as_ptr(), va) },
             // SAFETY: Always safe to call.
             //
             // Whose page it will be is not known, so the current task's policy has to do.
-            None => unsafe { bindings::alloc_pages(gfp, 0) },
+            None => unsafe { bindings::folio_alloc(gfp, 0) },
         };
-        let page = NonNull::new(page)?;
-        // SAFETY: The page is valid and nobody else's: this does not wait.
-        unsafe { bindings::lock_page(page.as_ptr()) };
+        let folio = NonNull::new(folio)?;
+        // SAFETY: The folio is valid and nobody else's: this does not wait.
+        unsafe { bindings::folio_lock(folio.as_ptr()) };
         // INVARIANT: Just allocated and locked.
-        Some(Self(page))
+        Some(Self(folio))
     }
 
-    fn as_ptr(&self) -> *mut bindings::page {
-        self.0.as_ptr()
+    /// Its page.
+    fn page(&self) -> *mut bindings::page {
+        // The first page of a folio is at its address.
+        self.0.as_ptr().cast()
     }
 
-    /// Gives the page to an array of destinations.
+    /// Gives the folio to an array of destinations.
     fn into_mpfn(self) -> usize {
         // SAFETY: The page is valid.
-        let mpfn = unsafe { bindings::migrate_pfn(bindings::page_to_pfn(self.0.as_ptr())) };
+        let mpfn = unsafe { bindings::migrate_pfn(bindings::page_to_pfn(self.page())) };
         core::mem::forget(self);
         mpfn
     }
 
-    /// Takes the page back from an array of destinations.
+    /// Takes the folio back from an array of destinations, if there is one.
     ///
     /// # Safety
     ///
-    /// `mpfn` is from [`NewPage::into_mpfn`], and used no more.
+    /// `mpfn` is zero, or from [`NewFolio::into_mpfn`] and used no more.
     unsafe fn from_mpfn(mpfn: usize) -> Option<Self> {
         // SAFETY: By the caller's promise.
-        NonNull::new(unsafe { bindings::migrate_pfn_to_page(mpfn) }).map(Self)
+        let page = unsafe { bindings::migrate_pfn_to_page(mpfn) };
+        // INVARIANT: By the caller's promise.
+        NonNull::new(page.cast()).map(Self)
     }
 }
 
-impl Drop for NewPage {
+impl Drop for NewFolio {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants the page is locked.
-        unsafe { bindings::unlock_page(self.0.as_ptr()) };
+        // SAFETY: By the type invariants the folio is locked.
+        unsafe { bindings::folio_unlock(self.0.as_ptr()) };
         // SAFETY: By the type invariants there is a reference, which is given up.
-        unsafe { bindings::put_page(self.0.as_ptr()) };
+        unsafe { bindings::folio_put(self.0.as_ptr()) };
     }
 }
 
@@ -188,9 +192,11 @@ enum Found<'a> {
 /// # Invariants
 ///
 /// `src` is as `migrate_vma_setup()` or `migrate_device_pfns()` left it, for `pages` pages, but for
-/// what `migrate_*_pages()` changed. Every element of `dst` is zero or a [`NewPage`]; if `moved`,
+/// what `migrate_*_pages()` changed. Every element of `dst` is zero or a [`NewFolio`]; if `moved`,
 /// one that holds what the page in `src` held.
 struct Locked<'a> {
+    /// The pool that the pages come from, or go to.
+    pool: &'a Pool,
     found: Found<'a>,
     arrays: Arrays<'a>,
     pages: usize,
@@ -206,7 +212,8 @@ impl Locked<'_> {
 
     /// The page that was mapped at place `i`, if it was one.
     fn src_page(&self, i: usize) -> *mut bindings::page {
-        // SAFETY: The element is zero or what mm made of a pfn.
+        // SAFETY: Without MIGRATE_PFN_VALID (a hole has MIGRATE_PFN_MIGRATE alone) it is no page,
+        // and with it mm has made it of a pfn.
         unsafe { bindings::migrate_pfn_to_page(self.arrays.src[i]) }
     }
 
@@ -220,7 +227,7 @@ impl Locked<'_> {
     fn forget_dst(&mut self, i: usize) {
         let mpfn = core::mem::take(&mut self.arrays.dst[i]);
         // SAFETY: By the type invariants, and it is not there any more.
-        drop(unsafe { NewPage::from_mpfn(mpfn) });
+        drop(unsafe { NewFolio::from_mpfn(mpfn) });
     }
 
     /// Has the device copy some of `copies`.
@@ -228,14 +235,14 @@ impl Locked<'_> {
     /// # Errors
     ///
     /// Those of the driver; [`EIO`] if it did not look at all of them.
-    fn copy(&mut self, pool: &Pool, which: Range<usize>, to_device: bool) -> Result {
+    fn copy(&mut self, which: Range<usize>, to_device: bool) -> Result {
         let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
         // SAFETY: The pages of RAM are locked, unmapped and referenced by mm alone, or new: nobody
         // else accesses them, and they stay for as long as `self` does. Each is there once. Pages
         // go to RAM only with a page of RAM.
         let mut batch = unsafe { CopyBatch::new(copies, to_device) };
         if !copies.is_empty() {
-            pool.ops().copy(&mut batch)?;
+            self.pool.ops().copy(&mut batch)?;
         }
         match batch.next() {
             None => Ok(()),
@@ -287,50 +294,52 @@ impl Drop for Locked<'_> {
     }
 }
 
-/// What is looked for at the addresses of a VMA.
-pub(crate) enum Select {
-    /// Pages of RAM, holes and the zero page.
-    Ram,
-    /// Pages of the device. The page is the one that the CPU waits for, or null.
-    Device(*mut bindings::page),
-}
+/// The way from RAM to the device.
+pub(crate) enum ToDevice {}
+
+/// The way from the device to RAM.
+pub(crate) enum ToRam {}
 
 /// Pages that are locked and unmapped. Dropped, they are mapped where they were.
-pub(crate) struct Collected<'a>(Locked<'a>);
+///
+/// # Invariants
+///
+/// Those that migrate are of RAM, or nothing yet, on the way [`ToDevice`]; on the way [`ToRam`]
+/// they are of chunks of the pool, or nothing.
+pub(crate) struct Collected<'a, Way>(Locked<'a>, PhantomData<Way>);
 
 /// Pages that have a destination which holds what they held. Dropped, they are mapped where they
 /// were.
-pub(crate) struct Copied<'a>(Locked<'a>);
+///
+/// # Invariants
+///
+/// The sources are those of [`Collected`]. The destinations are of chunks of the pool on the way
+/// [`ToDevice`], and of RAM on the way [`ToRam`].
+pub(crate) struct Copied<'a, Way>(Locked<'a>, PhantomData<Way>);
 
 /// Pages that have moved, if they could. Dropped, they are mapped where they are now.
-pub(crate) struct Committed<'a>(Locked<'a>);
+pub(crate) struct Committed<'a> {
+    locked: Locked<'a>,
+    pages: usize,
+}
 
-impl<'a> Collected<'a> {
-    /// Locks and unmaps the pages of `range` of `vma`.
+impl<'a, Way> Collected<'a, Way> {
+    /// Locks and unmaps the pages of `range` of `vma` that `select` names.
     ///
     /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
     ///
     /// # Safety
     ///
-    /// `mmap_lock` is held for `'a`. The page that `select` names is locked and referenced, and
-    /// device-private.
-    pub(crate) unsafe fn at(
+    /// `mmap_lock` is held for `'a`. What `select` names is what the way starts with. `fault_page`
+    /// is null, or a page of `pool` that is locked and referenced.
+    unsafe fn select(
+        pool: &'a Pool,
         vma: &'a VmaRef,
         range: PageRange,
-        owner: *mut c_void,
-        select: Select,
+        select: bindings::migrate_vma_direction,
+        fault_page: *mut bindings::page,
         arrays: Arrays<'a>,
     ) -> Result<Self> {
-        let (flags, fault_page) = match select {
-            Select::Ram => (
-                bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM,
-                null_mut(),
-            ),
-            Select::Device(page) => (
-                bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
-                page,
-            ),
-        };
         if arrays.len() < range.pages() {
             return Err(EINVAL);
         }
@@ -342,43 +351,45 @@ impl<'a> Collected<'a> {
             npages: 0,
             start: range.start(),
             end: range.end(),
-            pgmap_owner: owner,
-            flags: flags as usize,
+            pgmap_owner: pool.as_owner(),
+            flags: select as usize,
             fault_page,
         };
         // SAFETY: The arrays have an element for each page; mmap_lock is held and `fault_page` is
         // locked, by the caller's promise.
         to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
-        // INVARIANT: It has set both arrays, the destinations to zero.
-        Ok(Self(Locked {
-            pages: args.npages,
-            found: Found::Vma(vma, args),
-            arrays,
-            moved: false,
-        }))
+        // INVARIANT: It has set both arrays, the destinations to zero, and selected by the pages'
+        // place and, of device-private pages, by the owner, which no other pool has.
+        Ok(Self(
+            Locked {
+                pool,
+                pages: args.npages,
+                found: Found::Vma(vma, args),
+                arrays,
+                moved: false,
+            },
+            PhantomData,
+        ))
     }
+}
 
-    /// Locks and unmaps the device's pages whose pfns are in the first `pages` elements of
-    /// `arrays.src`, wherever they are mapped.
+impl<'a> Collected<'a, ToDevice> {
+    /// Locks and unmaps the pages of RAM in `range` of `vma`, and takes the holes.
     ///
-    /// Pages that are free, or that somebody else has locked or has a reference to, are left alone.
-    /// The notifiers run.
+    /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
     ///
     /// # Safety
     ///
-    /// The pfns are of chunks, which cannot go, and there are as many as that.
-    unsafe fn pfns(arrays: Arrays<'a>, pages: usize) -> Self {
-        arrays.dst[..pages].fill(0);
-        // SAFETY: The array has the pages, which are valid by the caller's promise. This cannot
-        // fail.
-        unsafe { bindings::migrate_device_pfns(arrays.src.as_mut_ptr(), pages) };
-        // INVARIANT: Both arrays were set above.
-        Self(Locked {
-            found: Found::Pfns,
-            arrays,
-            pages,
-            moved: false,
-        })
+    /// `mmap_lock` is held for `'a`.
+    pub(crate) unsafe fn at(
+        pool: &'a Pool,
+        vma: &'a VmaRef,
+        range: PageRange,
+        arrays: Arrays<'a>,
+    ) -> Result<Self> {
+        let select = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM;
+        // SAFETY: By the caller's promise.
+        unsafe { Self::select(pool, vma, range, select, null_mut(), arrays) }
     }
 
     /// Copies the pages to those of `reservation`, as far as these go, and zeroes the device's
@@ -386,39 +397,93 @@ impl<'a> Collected<'a> {
     ///
     /// # Errors
     ///
-    /// Those of the driver. Nothing moves then.
-    pub(crate) fn copy_to_device(
+    /// Those of the driver, and [`EINVAL`] if `reservation` is of another pool. Nothing moves then.
+    pub(crate) fn copy(
         mut self,
-        pool: &Pool,
         reservation: &mut Reservation<'_>,
-        data: &mut dyn FnMut() -> *mut c_void,
-    ) -> Result<Copied<'a>> {
+        data: &mut dyn FnMut() -> RawData,
+    ) -> Result<Copied<'a, ToDevice>> {
+        let locked = &mut self.0;
+        if !reservation.is_of(locked.pool) {
+            return Err(EINVAL);
+        }
         let mut count = 0;
-        for i in 0..self.0.pages {
-            if !self.0.migrates(i) {
+        for i in 0..locked.pages {
+            if !locked.migrates(i) {
                 continue;
             }
-            let Some(page) = reservation.page(data) else {
+            let Some(folio) = reservation.folio(data) else {
                 break;
             };
-            let src = self.0.src_page(i);
+            let src = locked.src_page(i);
             let ram = match src.is_null() {
                 true => null_mut(),
-                // SAFETY: The page is valid.
+                // SAFETY: The page is valid, and one of RAM by the type invariants.
                 false => unsafe { bindings::page_address(src) }.cast(),
             };
-            self.0.arrays.copies[count] = PageCopy {
+            locked.arrays.copies[count] = PageCopy {
                 // SAFETY: A reservation is of pages of chunks.
-                device: unsafe { address_of(page.as_ptr()) },
+                device: unsafe { address_of(folio.page()) },
                 ram,
                 index: i,
             };
             count += 1;
-            // INVARIANT: A new page.
-            self.0.arrays.dst[i] = page.into_mpfn();
+            // INVARIANT: A new folio, of the pool.
+            locked.arrays.dst[i] = folio.into_mpfn();
         }
-        self.0.copy(pool, 0..count, true)?;
-        Ok(Copied(self.0))
+        locked.copy(0..count, true)?;
+        // INVARIANT: As above.
+        Ok(Copied(self.0, PhantomData))
+    }
+}
+
+impl<'a> Collected<'a, ToRam> {
+    /// Locks and unmaps the pages of `pool` in `range` of `vma`.
+    ///
+    /// Pages that somebody else has locked or has a reference to are left alone, but for
+    /// `fault_page`, if it is not null. The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// `mmap_lock` is held for `'a`. `fault_page` is null, or a page of `pool` that is locked and
+    /// referenced.
+    unsafe fn at(
+        pool: &'a Pool,
+        vma: &'a VmaRef,
+        range: PageRange,
+        fault_page: *mut bindings::page,
+        arrays: Arrays<'a>,
+    ) -> Result<Self> {
+        let select = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
+        // SAFETY: By the caller's promise.
+        unsafe { Self::select(pool, vma, range, select, fault_page, arrays) }
+    }
+
+    /// Locks and unmaps the pages of `pool` whose pfns are in the first `pages` elements of
+    /// `arrays.src`, wherever they are mapped.
+    ///
+    /// Pages that are free, or that somebody else has locked or has a reference to, are left alone.
+    /// The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// The pfns are of chunks of `pool`, which cannot go, and there are as many as that.
+    pub(crate) unsafe fn pfns(pool: &'a Pool, arrays: Arrays<'a>, pages: usize) -> Self {
+        arrays.dst[..pages].fill(0);
+        // SAFETY: The array has the pages, which are valid by the caller's promise. This cannot
+        // fail.
+        unsafe { bindings::migrate_device_pfns(arrays.src.as_mut_ptr(), pages) };
+        // INVARIANT: Both arrays were set above; the pages are of the pool by the caller's promise.
+        Self(
+            Locked {
+                pool,
+                found: Found::Pfns,
+                arrays,
+                pages,
+                moved: false,
+            },
+            PhantomData,
+        )
     }
 
     /// Copies the pages to new pages of RAM, allocated with `gfp`. Those for which there is none,
@@ -426,117 +491,134 @@ impl<'a> Collected<'a> {
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`] and those of the driver, if it was that why none comes, or not page `need`.
-    fn copy_to_ram(
+    /// [`ENOMEM`] and those of the driver, if it was that why none comes. If page `need` does not
+    /// come, [`ENOMEM`] says that there is no RAM, and [`EIO`] that it cannot be copied.
+    pub(crate) fn copy(
         mut self,
-        pool: &Pool,
         gfp: bindings::gfp_t,
         need: Option<usize>,
-    ) -> Result<Copied<'a>> {
-        if need.is_some_and(|need| need >= self.0.pages || !self.0.migrates(need)) {
-            return Ok(Copied(self.0));
+    ) -> Result<Copied<'a, ToRam>> {
+        let locked = &mut self.0;
+        if need.is_some_and(|need| need >= locked.pages || !locked.migrates(need)) {
+            // INVARIANT: There is no destination.
+            return Ok(Copied(self.0, PhantomData));
         }
         let mut count = 0;
-        let others = (0..self.0.pages).filter(|i| Some(*i) != need);
+        let others = (0..locked.pages).filter(|i| Some(*i) != need);
         for i in Iterator::chain(need.into_iter(), others) {
-            let src = self.0.src_page(i);
+            let src = locked.src_page(i);
             // Holes are collected too, whatever was asked for.
-            if !self.0.migrates(i) || src.is_null() {
+            if !locked.migrates(i) || src.is_null() {
                 continue;
             }
-            // SAFETY: Only pages of this pool were asked for, so this is one; it is locked.
+            // SAFETY: By the type invariants it is one of the pool; it is locked.
             let device = unsafe { address_of(src) };
             // Of two that found the page to evict it the second may have locked it when the first
             // was done. What it is now is certain, since it is locked.
-            if !pool.is_used(device) {
+            if !locked.pool.is_used(device) {
                 continue;
             }
             let gfp = if Some(i) == need { GFP_NEED } else { gfp };
-            let Some(page) = NewPage::alloc(gfp, self.0.address(i)) else {
+            let Some(folio) = NewFolio::alloc(gfp, locked.address(i)) else {
                 if count == 0 {
                     return Err(ENOMEM);
                 }
                 break;
             };
             // SAFETY: The page is valid.
-            let ram = unsafe { bindings::page_address(page.as_ptr()) }.cast();
-            // INVARIANT: A new page.
-            self.0.arrays.dst[i] = page.into_mpfn();
-            self.0.arrays.copies[count] = PageCopy {
+            let ram = unsafe { bindings::page_address(folio.page()) }.cast();
+            // INVARIANT: A new folio, of RAM.
+            locked.arrays.dst[i] = folio.into_mpfn();
+            locked.arrays.copies[count] = PageCopy {
                 device,
                 ram,
                 index: i,
             };
             count += 1;
         }
-        if let Err(err) = self.0.copy(pool, 0..count, false) {
+        if let Err(err) = locked.copy(0..count, false) {
             // Perhaps it was one of them.
             let mut copied = 0;
             for n in 0..count {
-                let i = self.0.arrays.copies[n].index;
-                if self.0.copy(pool, n..n + 1, false).is_ok() {
+                let i = locked.arrays.copies[n].index;
+                if locked.copy(n..n + 1, false).is_ok() {
                     copied += 1;
                 } else if Some(i) == need {
-                    return Err(err);
+                    // Whatever the driver says: ENOMEM would make the CPU try again.
+                    return Err(EIO);
                 } else {
-                    self.0.forget_dst(i);
+                    locked.forget_dst(i);
                 }
             }
             if copied == 0 {
                 return Err(err);
             }
         }
-        Ok(Copied(self.0))
+        // INVARIANT: As above.
+        Ok(Copied(self.0, PhantomData))
     }
 }
 
-impl<'a> Copied<'a> {
-    /// Moves the pages, as far as mm can.
-    fn commit(self) -> Committed<'a> {
-        let Self(mut locked) = self;
+impl<'a> Copied<'a, ToDevice> {
+    /// Moves the pages to the device: those that do can be evicted from now on.
+    pub(crate) fn commit(self) -> Committed<'a> {
+        let committed = Committed::new(self.0);
+        let moved = committed.moved();
+        // SAFETY: By the type invariants the destinations are of chunks; they are locked until
+        // `committed` is dropped.
+        let addresses = moved.map(|i| unsafe { address_of(committed.locked.dst_page(i)) });
+        committed.locked.pool.settle(addresses);
+        committed
+    }
+}
+
+impl<'a> Copied<'a, ToRam> {
+    /// Moves the pages to RAM, and tells the driver.
+    pub(crate) fn commit(self, reason: MigrateReason) -> Committed<'a> {
+        let committed = Committed::new(self.0);
+        let (locked, moved) = (&committed.locked, || committed.moved());
+        // SAFETY: By the type invariants the sources are of chunks; they are locked and referenced
+        // until `committed` is dropped.
+        locked
+            .pool
+            .leave(moved().map(|i| unsafe { address_of(locked.src_page(i)) }));
+        for i in moved() {
+            // SAFETY: As above. The data is that of the page, which is not freed meanwhile.
+            unsafe {
+                let data = data_of(locked.src_page(i));
+                locked.pool.ops().migrated_to_ram(data, reason);
+            }
+        }
+        committed
+    }
+}
+
+impl<'a> Committed<'a> {
+    /// Moves the pages, as far as mm can. Each destination holds what its page held.
+    fn new(mut locked: Locked<'a>) -> Self {
         locked.call(bindings::migrate_vma_pages, bindings::migrate_device_pages);
         // INVARIANT: Copied.
         locked.moved = true;
-        Committed(locked)
+        let mut this = Self { locked, pages: 0 };
+        this.pages = this.moved().count();
+        this
     }
 
-    /// Moves the pages to the device: those that do can be evicted from now on.
-    pub(crate) fn commit_to_device(self, pool: &Pool) -> Committed<'a> {
-        let committed = self.commit();
-        for i in committed.moved() {
-            // SAFETY: The destinations are of chunks, and locked until `committed` is dropped.
-            pool.settle(unsafe { address_of(committed.0.dst_page(i)) });
-        }
-        committed
-    }
-
-    /// Moves the pages to RAM, and tells the driver.
-    fn commit_to_ram(self, pool: &Pool, reason: MigrateReason) -> Committed<'a> {
-        let committed = self.commit();
-        for i in committed.moved() {
-            let page = committed.0.src_page(i);
-            // SAFETY: The pages in `src` are of chunks, locked and referenced until `committed` is
-            // dropped.
-            let (address, data) = unsafe { (address_of(page), data_of(page)) };
-            pool.leave(address);
-            // SAFETY: The data is that of the page, which is not freed meanwhile.
-            unsafe { pool.ops().migrated_to_ram(data, reason) };
-        }
-        committed
-    }
-}
-
-impl Committed<'_> {
     /// How many pages have moved.
     ///
     /// It says no more: the process may have dropped one meanwhile, and may drop any as soon as
     /// they are mapped.
     pub(crate) fn pages(&self) -> usize {
-        self.moved().count()
+        self.pages
+    }
+
+    /// Whether page `i` has moved.
+    fn has_moved(&self, i: usize) -> bool {
+        i < self.locked.pages && self.locked.migrates(i) && self.locked.arrays.dst[i] != 0
     }
 
     fn moved(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.0.pages).filter(|i| self.0.migrates(*i) && self.0.arrays.dst[*i] != 0)
+        (0..self.locked.pages).filter(|i| self.has_moved(*i))
     }
 }
 
@@ -559,9 +641,8 @@ pub(crate) unsafe fn evict(pool: &Pool, pfns: &mut [usize], gfp: bindings::gfp_t
         copies: &mut copies,
     };
     // SAFETY: By the caller's promise.
-    let collected = unsafe { Collected::pfns(arrays, pages) };
-    let copied = collected.copy_to_ram(pool, gfp, None)?;
-    let committed = copied.commit_to_ram(pool, MigrateReason::Evict);
+    let collected = unsafe { Collected::pfns(pool, arrays, pages) };
+    let committed = collected.copy(gfp, None)?.commit(MigrateReason::Evict);
     Ok(committed.pages())
 }
 
@@ -583,9 +664,17 @@ pub(crate) unsafe extern "C" fn migrate_to_ram(
     match unsafe { cpu_fault(vma, va, page) } {
         // Where the page did not come, somebody else was at it: the CPU tries again.
         Ok(()) => 0,
+        // It tries again after this, too, when there is memory.
         Err(err) if err == ENOMEM => bindings::vm_fault_reason_VM_FAULT_OOM,
         Err(_) => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
     }
+}
+
+/// Makes the CPUs give up their references to pages that they are about to unlock (mlock()). They
+/// keep them until they have enough of them, and a page with such a reference does not migrate.
+pub(crate) fn drain() {
+    // SAFETY: Safe to call where sleeping is. mm does so with pages locked, too.
+    unsafe { bindings::lru_add_drain_all() };
 }
 
 /// Brings home the page at `va`, and those around it if they come.
@@ -606,11 +695,17 @@ unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Resul
         dst: &mut dst,
         copies: &mut copies,
     };
-    let owner = Pool::owner(Some(pool));
-    // SAFETY: By the caller's promise.
-    let collected = unsafe { Collected::at(vma, range, owner, Select::Device(page), arrays) }?;
-    let copied = collected.copy_to_ram(pool, GFP_TRY, range.index_of(va))?;
-    copied.commit_to_ram(pool, MigrateReason::CpuFault);
+    let need = range.index_of(va);
+    // SAFETY: By the caller's promise; the page is of `pool`.
+    let collected = unsafe { Collected::<ToRam>::at(pool, vma, range, page, arrays) }?;
+    let committed = collected
+        .copy(GFP_TRY, need)?
+        .commit(MigrateReason::CpuFault);
+    let came = need.is_some_and(|need| committed.has_moved(need));
+    drop(committed);
+    if !came {
+        drain();
+    }
     Ok(())
 }
 
@@ -678,19 +773,20 @@ impl Migrated {
 impl Mirror {
     /// Migrates the pages of `range` to the memory of the device, where `pool` has or makes room.
     ///
-    /// Only private anonymous memory that may be read migrates. What was never touched gets a page
-    /// of zeroes there; what is swapped out stays so. Soft-dirty tracking does not see what a
-    /// device writes there. One call serves one window: from the start of `range` to the end of the
-    /// aligned block that `buf` spans, and no further than the VMA and the region go. `data` is
-    /// called for each page that gets a place, with pages locked: it is best if it does little more
-    /// than to clone.
+    /// Only private anonymous memory that may be read migrates, and none that KSM may merge. What
+    /// was never touched gets a page of zeroes there; what is swapped out stays so. Soft-dirty
+    /// tracking does not see what a device writes there. One call serves one window: from the start
+    /// of `range` to the end of the aligned block that `buf` spans, and no further than the VMA and
+    /// the region go. `data` is called for each page that gets a place.
     ///
     /// The device is told nothing of where a page is now: it has lost what it knew of the window,
     /// and faults it again.
     ///
     /// # Context
     ///
-    /// A task of the mirrored process, which holds no lock. May evict pages, of any process.
+    /// A task of the mirrored process, which holds no lock. May evict pages, of any process. `data`
+    /// is called with `mmap_lock` held and pages locked: it may not allocate memory in a way that
+    /// waits, access user memory, nor call the core.
     ///
     /// # Errors
     ///
@@ -711,10 +807,16 @@ impl Mirror {
         buf: &mut MigrateBuf,
         mut data: impl FnMut() -> T::PageData,
     ) -> Result<Migrated> {
-        migrate_to_device(self, pool.pool(), range, buf, &mut || data().into_raw())
+        migrate_to_device(self, pool.pool(), range, buf, &mut || {
+            // SAFETY: It is for pages of `pool`, whose driver is `T`.
+            unsafe { RawData::new(data()) }
+        })
     }
 
-    /// Migrates those pages of `range` that are in the memory of the device to RAM.
+    /// Migrates those pages of `range` that are in the memory of the device to RAM. Of memory that
+    /// may not be read none does; a CPU that may read it again brings it home.
+    ///
+    /// One call serves one window, as for [`Mirror::migrate_to_device`].
     ///
     /// # Context
     ///
@@ -739,48 +841,47 @@ impl Mirror {
         }
 
         let guard = mm.mmap_read_lock_killable()?;
-        let (vma, range) = clip(guard.vma_lookup(range.start()), range)?;
-        if !can_migrate(vma) {
+        let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
+        let Some(vma) = vma else {
             return Ok(Migrated { range, pages: 0 });
-        }
-        let (owner, select) = (Pool::owner(Some(pool)), Select::Device(null_mut()));
+        };
+        let arrays = buf.arrays().0;
         // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no page that the CPU
         // waits for.
-        let collected = unsafe { Collected::at(vma, range, owner, select, buf.arrays().0) }?;
-        let copied = collected.copy_to_ram(pool, GFP_REQUEST, None)?;
-        let pages = copied.commit_to_ram(pool, MigrateReason::Request).pages();
+        let collected = unsafe { Collected::<ToRam>::at(pool, vma, range, null_mut(), arrays) }?;
+        let copied = collected.copy(GFP_REQUEST, None)?;
+        let pages = copied.commit(MigrateReason::Request).pages();
         Ok(Migrated { range, pages })
     }
 
     /// Clips `range` to a window and counts its pages by where they are.
     ///
-    /// So that nothing is unmapped or evicted in vain; what it tells may be stale by now.
+    /// So that nothing is unmapped or evicted for what is where it is to be; what it tells may be
+    /// stale by now. What cannot move (swapped out, pinned) is counted too.
     fn survey(
         &self,
         mm: &MmWithUser,
         range: PageRange,
         buf: &mut MigrateBuf,
     ) -> Result<(PageRange, Survey)> {
-        if range.start() >= self.task_size() {
-            return Err(EFAULT);
-        }
-        let region = self.region_or_insert(mm, range.start())?;
+        let guard = mm.mmap_read_lock_killable()?;
+        let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
+        let can_migrate = vma.is_some();
+        drop(guard);
         let range = PageRange::aligned_block(range.start(), buf.order)?
             .intersect(&range)
-            .and_then(|range| range.intersect(&region.range()))
             .ok_or(EFAULT)?;
-        let guard = mm.mmap_read_lock_killable()?;
-        let (vma, range) = clip(guard.vma_lookup(range.start()), range)?;
-        let can_migrate = can_migrate(vma);
-        drop(guard);
         let mut pages = Survey::default();
         if !can_migrate {
             return Ok((range, pages));
         }
 
+        // A window is smaller than a region, and like it aligned.
+        let region = self.region_or_insert(mm, range.start())?;
         let pfns = buf.src.get_mut(..range.pages()).ok_or(EINVAL)?;
         let owner = Pool::owner(self.pool());
-        report(&region, range, None, owner, DEFAULT_TIMEOUT_MS, pfns)?;
+        let mut deadline = Deadline::new(DEFAULT_TIMEOUT_MS);
+        range_fault(mm, &region, range, None, owner, &mut deadline, pfns)?;
         pages.device = self.pool().map_or(0, |pool| pool.count(pfns));
         pages.other = range.pages() - pages.device;
         Ok((range, pages))
@@ -803,12 +904,11 @@ fn migrate_to_device(
     pool: &Arc<Pool>,
     range: PageRange,
     buf: &mut MigrateBuf,
-    data: &mut dyn FnMut() -> *mut c_void,
+    data: &mut dyn FnMut() -> RawData,
 ) -> Result<Migrated> {
     let current = kernel::current!();
     let mm = mirror.current_mm(current.mm())?;
-    let owner = Pool::owner(Some(pool));
-    if Pool::owner(mirror.pool()) != owner {
+    if !mirror.pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {
         return Err(EINVAL);
     }
     let (range, pages) = mirror.survey(mm, range, buf)?;
@@ -822,27 +922,35 @@ fn migrate_to_device(
     let mut reservation = Pool::reserve(pool, reserved)?;
 
     let guard = mm.mmap_read_lock_killable()?;
-    let (vma, range) = clip(guard.vma_lookup(range.start()), range)?;
-    if !can_migrate(vma) {
+    let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
+    let Some(vma) = vma else {
         return Ok(Migrated { range, pages: 0 });
-    }
+    };
     // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
-    let collected = unsafe { Collected::at(vma, range, owner, Select::Ram, arrays) }?;
-    let copied = collected.copy_to_device(pool, &mut reservation, data)?;
-    let pages = copied.commit_to_device(pool).pages();
+    let collected = unsafe { Collected::<ToDevice>::at(pool, vma, range, arrays) }?;
+    let copied = collected.copy(&mut reservation, data)?;
+    let pages = copied.commit().pages();
     Ok(Migrated { range, pages })
 }
 
-/// The part of `range` that lies in `vma`, in which it starts.
-fn clip(vma: Option<&VmaRef>, range: PageRange) -> Result<(&VmaRef, PageRange)> {
+/// The part of `range` that lies in `vma`, in which it starts; and `vma`, if its pages migrate.
+///
+/// # Errors
+///
+/// [`EFAULT`] if there is no VMA.
+fn migratable(vma: Option<&VmaRef>, range: PageRange) -> Result<(PageRange, Option<&VmaRef>)> {
     let vma = vma.ok_or(EFAULT)?;
     let bounds = PageRange::new(vma.start(), vma.end())?;
-    Ok((vma, bounds.intersect(&range).ok_or(EFAULT)?))
+    let range = bounds.intersect(&range).ok_or(EFAULT)?;
+    Ok((range, can_migrate(vma).then_some(vma)))
 }
 
 /// Whether mm migrates pages of `vma` to private memory at all, and a device could use them there.
 fn can_migrate(vma: &VmaRef) -> bool {
-    let special = flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::MIXEDMAP;
+    // KSM has the pages that it has merged in a tree, where a migration would replace them by the
+    // device's; and reads what is in the tree.
+    let special =
+        flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::MIXEDMAP | flags::MERGEABLE;
     let readable = vma.flags() & (special | flags::READ) == flags::READ;
     // A migration would not ask the handler that waits for accesses.
     //

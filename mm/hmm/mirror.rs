@@ -21,7 +21,10 @@ use super::{
     pfn::Access,
     pool::Pool,
     range::PageRange,
-    rwsem::RwSem,
+    rwsem::{
+        RwSem,
+        WriteGuard, //
+    },
 };
 use core::{
     marker::PhantomData,
@@ -73,44 +76,9 @@ pub trait MirrorOps: Send + Sync {
     ///
     /// Called with the region's lock held for write, below `mmap_lock` or the locks of the reverse
     /// map, and from reclaim: it may not allocate memory in a way that waits, take `mmap_lock`,
-    /// drop a reference to an mm, access user memory, nor call the [`Mirror`]. It may sleep only if
-    /// `event.blockable()`. Lock order: region, then the driver's own.
+    /// drop a reference to an mm, access user memory, nor call the [`Mirror`]. Nor may it sleep:
+    /// the OOM killer may be at work. Lock order: region, then the driver's own.
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op>;
-}
-
-/// Why a range is invalidated. Mirrors `enum mmu_notifier_event`.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum InvalidateKind {
-    /// Unmapped or moved, by `munmap()` or `mremap()`.
-    Unmap,
-    /// Page table entries are cleared, for any other reason.
-    Clear,
-    /// Permissions change, of a VMA or of pages.
-    Protection,
-    /// Soft-dirty tracking write-protects the pages.
-    SoftDirty,
-    /// The process exits; the mirror will not see another event.
-    Release,
-    /// Pages migrate to or from a device.
-    Migrate,
-    /// A device takes exclusive access.
-    Exclusive,
-}
-
-impl InvalidateKind {
-    fn from_raw(event: bindings::mmu_notifier_event) -> Self {
-        match event {
-            bindings::mmu_notifier_event_MMU_NOTIFY_UNMAP => Self::Unmap,
-            bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_VMA
-            | bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_PAGE => Self::Protection,
-            bindings::mmu_notifier_event_MMU_NOTIFY_SOFT_DIRTY => Self::SoftDirty,
-            bindings::mmu_notifier_event_MMU_NOTIFY_RELEASE => Self::Release,
-            bindings::mmu_notifier_event_MMU_NOTIFY_MIGRATE => Self::Migrate,
-            bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE => Self::Exclusive,
-            _ => Self::Clear,
-        }
-    }
 }
 
 /// A running invalidation.
@@ -119,8 +87,6 @@ impl InvalidateKind {
 /// kept or be taken from another callback.
 pub struct Invalidate<'op> {
     range: PageRange,
-    kind: InvalidateKind,
-    blockable: bool,
     _op: PhantomData<fn(&'op ()) -> &'op ()>,
 }
 
@@ -129,18 +95,6 @@ impl<'op> Invalidate<'op> {
     #[inline]
     pub fn range(&self) -> PageRange {
         self.range
-    }
-
-    /// The reason.
-    #[inline]
-    pub fn kind(&self) -> InvalidateKind {
-        self.kind
-    }
-
-    /// Whether the callback may sleep. It may not when the OOM killer reaps the process.
-    #[inline]
-    pub fn blockable(&self) -> bool {
-        self.blockable
     }
 
     /// States that the device uses the range no more.
@@ -219,7 +173,7 @@ impl Region {
                 })
             }),
         }? Error);
-        let region = Arc::pin_init(init, GFP_KERNEL)?;
+        let region = Arc::pin_init(init, GFP_KERNEL_ACCOUNT)?;
         region.prime_lockdep();
         Ok(region)
     }
@@ -243,16 +197,21 @@ impl Region {
         }
     }
 
-    #[cfg(CONFIG_PROVE_LOCKING)]
     fn notifier_mm(&self) -> *mut bindings::mm_struct {
         // SAFETY: By the type invariants the notifier was inserted, which set `mm` for good.
         unsafe { (*self.notifier.get()).mm }
+    }
+
+    /// Whether the region is one of `mm`.
+    pub(crate) fn is_of(&self, mm: &MmWithUser) -> bool {
+        self.notifier_mm() == mm.as_raw()
     }
 
     pub(crate) fn range(&self) -> PageRange {
         self.range
     }
 
+    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
     pub(crate) fn entries(&self) -> &RwSem<Entries> {
         &self.entries
     }
@@ -262,12 +221,23 @@ impl Region {
         self.notifier.get()
     }
 
-    /// Whether an invalidation collided since `seq` was read. `_locked` shows that `self.entries`
-    /// is held.
-    pub(crate) fn read_retry(&self, seq: usize, _locked: &Entries) -> bool {
+    /// The aligned block of `2^order` pages around `va`, as far as the region goes.
+    pub(crate) fn window(&self, va: usize, order: u32) -> Result<PageRange> {
+        let block = PageRange::aligned_block(va, order)?;
+        block.intersect(&self.range).ok_or(EFAULT)
+    }
+
+    /// Locks the entries for write, unless an invalidation collided since `seq` was read.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] if a fatal signal ends the wait.
+    pub(crate) fn lock_unless_stale(&self, seq: usize) -> Result<Option<WriteGuard<'_, Entries>>> {
+        let entries = self.entries.write_killable()?;
         // SAFETY: The notifier is inserted, by the type invariants, and the lock under which the
         // callback writes the sequence is held.
-        unsafe { bindings::mmu_interval_read_retry(self.notifier.get(), seq) }
+        let stale = unsafe { bindings::mmu_interval_read_retry(self.notifier.get(), seq) };
+        Ok((!stale).then_some(entries))
     }
 
     /// Called by mm when something changes in the range.
@@ -287,7 +257,7 @@ impl Region {
         // SAFETY: `event` is valid for the duration of the callback.
         let blockable = unsafe { bindings::mmu_notifier_range_blockable(event) };
         // SAFETY: As above.
-        let (start, end, kind) = unsafe { ((*event).start, (*event).end, (*event).event) };
+        let (start, end) = unsafe { ((*event).start, (*event).end) };
 
         let mut entries = if blockable {
             region.entries.write()
@@ -309,8 +279,6 @@ impl Region {
             entries.erase(range);
             let _ = region.ops.invalidate(Invalidate {
                 range,
-                kind: InvalidateKind::from_raw(kind),
-                blockable,
                 _op: PhantomData,
             });
         }
@@ -368,7 +336,8 @@ impl Mirror {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the current task has no address space, [`ENOMEM`].
+    /// [`EINVAL`] if the current task has no address space, [`ENOMEM`]; [`EINTR`] if a signal is
+    /// pending and nothing has subscribed to this mm before.
     #[inline(never)]
     #[export_name = "hmm_mirror_new"]
     pub fn new(ops: Arc<dyn MirrorOps>) -> Result<Self> {
@@ -402,9 +371,10 @@ impl Mirror {
             pool,
         });
         let this = Self {
-            inner: ManuallyDrop::new(KBox::pin_init(init, GFP_KERNEL)?),
+            inner: ManuallyDrop::new(KBox::pin_init(init, GFP_KERNEL_ACCOUNT)?),
         };
-        // Later regions need not take mmap_lock, once there is one.
+        // Later regions need not take mmap_lock, once there is one. This is where mmap() begins in
+        // the usual layout.
         //
         // SAFETY: The mm is alive; only exec changes this, of an mm that nobody else has yet.
         let mmap_base = unsafe { (*mm.as_raw()).__bindgen_anon_1.mmap_base };
@@ -434,8 +404,9 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// Any task; sleeps for the region's lock. Whole pages are not copied at once: the process may
-    /// write meanwhile, as it may with any other thread.
+    /// Any task; sleeps for the region's lock, and holds it until `buf` or the region ends:
+    /// invalidations wait for that. The copy is not atomic: the process may write meanwhile, as it
+    /// may with any other thread.
     ///
     /// # Errors
     ///
@@ -530,10 +501,12 @@ impl Mirror {
     /// `region` is dropped.
     pub(crate) fn publish(&self, region: Arc<Region>, va: usize) -> Result<Arc<Region>> {
         let index = region_index(va);
-        match self.inner.regions.insert(index, region.clone(), GFP_KERNEL) {
+        let inserted = (self.inner.regions).insert(index, region.clone(), GFP_KERNEL_ACCOUNT);
+        match inserted {
             Ok(()) => Ok(region),
             Err(err) => match err.cause {
-                InsertErrorKind::Occupied => self.region(va).ok_or(EAGAIN),
+                // It is still there: no region goes before the mirror does.
+                InsertErrorKind::Occupied => self.region(va).ok_or(EIO),
                 InsertErrorKind::AllocError(_) => Err(ENOMEM),
                 InsertErrorKind::InvalidRequest => Err(EINVAL),
             },
@@ -551,14 +524,18 @@ fn mirror_new_with_pool(ops: Arc<dyn MirrorOps>, pool: &Arc<Pool>) -> Result<Mir
 impl Drop for Mirror {
     #[inline]
     fn drop(&mut self) {
-        mirror_drop(self);
+        // SAFETY: This is the destructor: it runs once, and nothing uses `self` after it.
+        unsafe { mirror_drop(self) };
     }
 }
 
+/// # Safety
+///
+/// Called once, and `mirror` is not used after it.
 #[inline(never)]
 #[export_name = "hmm_mirror_drop"]
-fn mirror_drop(mirror: &mut Mirror) {
-    // SAFETY: Called by `Mirror::drop` only, so once, and nothing uses the field after it.
+unsafe fn mirror_drop(mirror: &mut Mirror) {
+    // SAFETY: By the caller's promise.
     unsafe { ManuallyDrop::drop(&mut mirror.inner) };
 }
 

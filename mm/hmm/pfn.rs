@@ -62,13 +62,16 @@ pub(crate) enum State {
 ///
 /// Neither the order nor the other flags of the C value survive: the order may reach past the range
 /// that was asked for, so nothing outside this file is to see it.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Zeroable)]
 #[repr(transparent)]
 pub(crate) struct Pfn(usize);
 
 impl Pfn {
     /// A page that is not there.
     pub(crate) const NONE: Self = Self(0);
+
+    /// A page that is there and that no device is to see.
+    pub(crate) const ERROR: Self = Self(ERROR);
 
     /// Takes over one element of the output array.
     #[inline]

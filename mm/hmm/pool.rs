@@ -16,7 +16,7 @@ use super::{
     migrate::{
         self,
         MigrateReason,
-        NewPage, //
+        NewFolio, //
     },
     pfn::Pfn,
     slots::{
@@ -56,6 +56,13 @@ use kernel::{
         Opaque, //
     }, //
 };
+
+kernel::declare_trace! {
+    /// # Safety
+    ///
+    /// Always safe to call.
+    unsafe fn hmm_pool_full(wanted: c_ulong);
+}
 
 /// What a driver keeps for each page of its memory that is in use.
 ///
@@ -124,6 +131,24 @@ unsafe impl PageData for u64 {
     }
 }
 
+/// What a page has of its driver, without its type.
+///
+/// # Invariants
+///
+/// From [`PageData::into_raw`] of the page data of the driver whose pool the page is of.
+pub(crate) struct RawData(*mut c_void);
+
+impl RawData {
+    /// # Safety
+    ///
+    /// It is for pages of a pool whose driver has this page data.
+    #[inline]
+    pub(crate) unsafe fn new(data: impl PageData) -> Self {
+        // INVARIANT: By the safety requirements.
+        Self(data.into_raw())
+    }
+}
+
 /// What a driver implements to have memory of its own.
 ///
 /// Addresses are in bytes from the start of the device's memory.
@@ -135,8 +160,9 @@ pub trait PoolOps: Send + Sync + 'static {
     ///
     /// # Context
     ///
-    /// May sleep. The pages are locked, and `mmap_lock` may be held: it may not access user memory,
-    /// nor call the core.
+    /// May sleep, and allocate. The pages are locked, and `mmap_lock` may be held: it may not
+    /// access user memory, nor call the core, and a lock that it takes may not be held where that
+    /// is done.
     ///
     /// # Errors
     ///
@@ -166,7 +192,13 @@ pub trait PoolOps: Send + Sync + 'static {
         reason: MigrateReason,
     );
 
-    /// A page was freed: here is the data that it had. Called in atomic context, once for each.
+    /// A page was freed: here is the data that it had. Called once for each.
+    ///
+    /// # Context
+    ///
+    /// Atomic, below a page table's lock or with pages locked. It may take spinlocks that nobody
+    /// holds while memory is allocated or a user's page touched. What the data leads to may not
+    /// sleep in its destructor, an mm least of all.
     fn page_freed(&self, data: Self::PageData);
 }
 
@@ -178,12 +210,12 @@ pub(crate) trait Ops: Send + Sync {
 
     /// # Safety
     ///
-    /// `data` is that of a page of the pool, which is not freed meanwhile.
+    /// `data` is that of a page of a pool with these ops, which is not freed meanwhile.
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason);
 
     /// # Safety
     ///
-    /// `data` was that of a page of the pool; the page does not have it any more.
+    /// `data` was that of a page of a pool with these ops; the page does not have it any more.
     unsafe fn page_freed(&self, data: *mut c_void);
 }
 
@@ -201,8 +233,8 @@ impl<T: PoolOps> Ops for T {
     }
 
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason) {
-        // SAFETY: The data of a page comes from `into_raw()` of the type of its pool's driver, and
-        // is given up when the page is freed.
+        // SAFETY: The data of a page is a `RawData`, so from `into_raw()` of this type; it is given
+        // up when the page is freed.
         PoolOps::migrated_to_ram(self, unsafe { T::PageData::borrow(data) }, reason)
     }
 
@@ -301,7 +333,7 @@ impl Chunk {
         let len = pool.chunk_pages << PAGE_SHIFT;
         let region = MemRegion::new(len, pool.name)?;
         let start = region.start as u64;
-        let owner = Pool::owner(Some(&pool));
+        let owner = pool.as_owner();
         KBox::pin_init(
             try_pin_init!(Self {
                 region,
@@ -412,7 +444,7 @@ unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
     unsafe { bindings::folio_set_zone_device_data(folio, null_mut()) };
     // SAFETY: It was set when the page was taken, and the page does not have it any more.
     unsafe { pool.ops.page_freed(data) };
-    pool.give_back(address);
+    pool.give_back(core::iter::once(address));
 }
 
 impl Pool {
@@ -433,9 +465,13 @@ impl Pool {
         Arc::pin_init(init, GFP_KERNEL)
     }
 
-    /// Makes the page at `address` free.
-    fn give_back(&self, address: usize) {
-        let freed = self.slots.lock().free(address >> PAGE_SHIFT);
+    /// Makes the pages at `addresses` free.
+    fn give_back(&self, addresses: impl Iterator<Item = usize>) {
+        let mut slots = self.slots.lock();
+        let freed = addresses.fold(Ok(()), |freed, address| {
+            freed.and(slots.free(address >> PAGE_SHIFT))
+        });
+        drop(slots);
         kernel::warn_on!(freed.is_err());
     }
 
@@ -443,12 +479,15 @@ impl Pool {
         &*self.ops
     }
 
-    /// What tells the pages of this pool from those of others, to mm. Null for no pool.
+    /// What tells the pages of this pool from those of others, to mm.
+    pub(crate) fn as_owner(&self) -> *mut c_void {
+        (&raw const *self).cast_mut().cast()
+    }
+
+    /// The owner of the pages of a pool, or null, which no device-private page has as its owner:
+    /// `memremap_pages()` refuses that.
     pub(crate) fn owner(this: Option<&Arc<Self>>) -> *mut c_void {
-        match this {
-            Some(this) => (&raw const **this).cast_mut().cast(),
-            None => null_mut(),
-        }
+        this.map_or(null_mut(), |this| this.as_owner())
     }
 
     /// Whether `page` is one of the pool that has this `owner`.
@@ -540,6 +579,8 @@ impl Pool {
             }
         }
         if reservation.taken == 0 {
+            // SAFETY: Always safe to call.
+            unsafe { hmm_pool_full(wanted) };
             return Err(ENOMEM);
         }
         Ok(reservation)
@@ -577,9 +618,12 @@ impl Pool {
         let mut tries = wanted / migrate::BATCH + 8;
         while made < wanted && tries > 0 {
             match self.evict(migrate::GFP_TRY) {
+                Ok(Some(0)) => migrate::drain(),
                 Ok(Some(evicted)) => made += evicted,
-                // All are on their way, or there is no RAM, or the device does not copy.
-                Ok(None) | Err(_) => break,
+                // All are on their way, or there is no RAM.
+                Ok(None) | Err(ENOMEM) => break,
+                // The device does not copy these.
+                Err(_) => {}
             }
             tries -= 1;
         }
@@ -604,14 +648,16 @@ impl Pool {
         unsafe { migrate::evict(self, &mut pfns[..count], gfp) }.map(Some)
     }
 
-    /// The page at `address` is that of a process from now on. It is locked.
-    pub(crate) fn settle(&self, address: usize) {
-        self.slots.lock().settle(address >> PAGE_SHIFT);
+    /// The pages at `addresses` are those of a process from now on. They are locked.
+    pub(crate) fn settle(&self, addresses: impl Iterator<Item = usize>) {
+        let mut slots = self.slots.lock();
+        addresses.for_each(|address| slots.settle(address >> PAGE_SHIFT));
     }
 
-    /// The page at `address` is a process's no longer. It is locked.
-    pub(crate) fn leave(&self, address: usize) {
-        self.slots.lock().leave(address >> PAGE_SHIFT);
+    /// The pages at `addresses` are a process's no longer. They are locked.
+    pub(crate) fn leave(&self, addresses: impl Iterator<Item = usize>) {
+        let mut slots = self.slots.lock();
+        addresses.for_each(|address| slots.leave(address >> PAGE_SHIFT));
     }
 
     /// Whether the page at `address`, which is locked, is that of a process.
@@ -642,15 +688,12 @@ impl Pool {
     /// Waits for as long as it takes: the data of processes is in there.
     fn close(&self) {
         const REPORT: Delta = Delta::from_secs(10);
+        const MAX_PAUSE: Delta = Delta::from_secs(1);
 
         self.slots.lock().close();
         let mut since = Instant::<Monotonic>::now();
+        let mut pause = Delta::from_millis(1);
         loop {
-            // A CPU may hold references to pages that it is about to unlock (mlock()), until it has
-            // enough of them or is told.
-            //
-            // SAFETY: Always safe to call where sleeping is.
-            unsafe { bindings::lru_add_drain_all() };
             let mut result = Ok(());
             for _ in 0..=self.used_pages() / migrate::BATCH {
                 result = result.and(self.evict(migrate::GFP_MUST).map(drop));
@@ -659,6 +702,9 @@ impl Pool {
             if used == 0 {
                 break;
             }
+            if result.is_ok() {
+                migrate::drain();
+            }
             if since.elapsed() > REPORT {
                 match result {
                     Ok(()) => pr_warn!("{}: {} pages are still in use\n", self.name, used),
@@ -666,9 +712,12 @@ impl Pool {
                 }
                 since = Instant::now();
             }
-            fsleep(Delta::from_millis(1));
+            // A device that has failed is asked again, but need not cost a CPU.
+            fsleep(pause);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
-        drop(core::mem::take(&mut *self.chunks.lock()));
+        let chunks = core::mem::take(&mut *self.chunks.lock());
+        drop(chunks);
     }
 }
 
@@ -703,8 +752,13 @@ impl Reservation<'_> {
         self.pfns.get(self.used..self.taken).unwrap_or(&[])
     }
 
+    /// Whether the pages are of `pool`.
+    pub(crate) fn is_of(&self, pool: &Pool) -> bool {
+        core::ptr::eq(&**self.pool, pool)
+    }
+
     /// Makes the next of the pages one that has the data which `data` makes, if one is left.
-    pub(crate) fn page(&mut self, data: &mut dyn FnMut() -> *mut c_void) -> Option<NewPage> {
+    pub(crate) fn folio(&mut self, data: &mut dyn FnMut() -> RawData) -> Option<NewFolio> {
         let pfn = *self.left().first()?;
         // INVARIANT: The page is not among those that are left any more.
         self.used += 1;
@@ -716,20 +770,17 @@ impl Reservation<'_> {
             bindings::zone_device_folio_init(page.cast(), bindings::page_pgmap(page), 0);
         };
         // SAFETY: The page is device-private, and ours alone.
-        unsafe { bindings::folio_set_zone_device_data(page.cast(), data()) };
+        unsafe { bindings::folio_set_zone_device_data(page.cast(), data().0) };
         // SAFETY: mm has locked it and given it one reference.
-        Some(unsafe { NewPage::new(NonNull::new(page)?) })
+        Some(unsafe { NewFolio::new(NonNull::new(page.cast())?) })
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        let pool = self.pool;
-        for &pfn in self.left() {
-            // SAFETY: As in `page()`.
-            let address = unsafe { address_of(bindings::pfn_to_page(pfn)) };
-            pool.give_back(address);
-        }
+        // SAFETY: As in `folio()`.
+        let address = |pfn: &usize| unsafe { address_of(bindings::pfn_to_page(*pfn)) };
+        self.pool.give_back(self.left().iter().map(address));
     }
 }
 
@@ -756,8 +807,8 @@ impl<T: PoolOps> DevicePool<T> {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if there are no chunks, if they are not a multiple of 2 MiB, or if they have more
-    /// than `u32::MAX` pages in all; [`ENOMEM`].
+    /// [`EINVAL`] if there are no chunks, if `chunk_pages` is no multiple of 512, or if there are
+    /// `u32::MAX` pages or more in all; [`ENOMEM`].
     #[inline]
     pub fn new(
         name: &'static CStr,

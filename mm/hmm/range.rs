@@ -77,9 +77,9 @@ impl PageRange {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if such a block is larger than half the address space or if its end wraps.
+    /// [`EINVAL`] if such a block is half the address space or more, or if its end wraps.
     #[inline]
-    pub const fn aligned_block(va: usize, order: u32) -> Result<Self> {
+    pub(crate) const fn aligned_block(va: usize, order: u32) -> Result<Self> {
         if order >= usize::BITS - 1 - PAGE_SHIFT as u32 {
             return Err(EINVAL);
         }
@@ -108,7 +108,7 @@ impl PageRange {
 
     /// The length in pages. Never zero.
     #[inline]
-    pub const fn pages(&self) -> usize {
+    pub(crate) const fn pages(&self) -> usize {
         self.len() >> PAGE_SHIFT
     }
 
@@ -120,13 +120,13 @@ impl PageRange {
 
     /// The part of the range that lies in `other` too, if any.
     #[inline]
-    pub fn intersect(&self, other: &PageRange) -> Option<PageRange> {
+    pub(crate) fn intersect(&self, other: &PageRange) -> Option<PageRange> {
         Self::new(self.start.max(other.start), self.end.min(other.end)).ok()
     }
 
     /// The address of each page.
     #[inline]
-    pub fn page_addrs(&self) -> impl Iterator<Item = usize> + use<> {
+    pub(crate) fn page_addrs(&self) -> impl Iterator<Item = usize> + use<> {
         (self.start..self.end).step_by(PAGE_SIZE)
     }
 

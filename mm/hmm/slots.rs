@@ -7,6 +7,7 @@
 //! chunk is to others is one number that is kept for them, the pfn of its first page. Pure: no C
 //! code is called but allocation, and none is done where a lock may be held.
 
+use core::num::NonZeroUsize;
 use kernel::prelude::*;
 
 /// The size of a block as a power of two of pages.
@@ -109,7 +110,7 @@ impl ChunkSlots {
 /// - Two free halves of a block are one free block.
 /// - The links hold numbers of pages that exist, or [`NONE`].
 pub(crate) struct Slots {
-    chunk_pages: usize,
+    chunk_pages: NonZeroUsize,
     max_chunks: usize,
     chunks: KVec<ChunkSlots>,
     free: [List; Order::MAX.0 as usize + 1],
@@ -131,7 +132,7 @@ impl Slots {
             return Err(EINVAL);
         }
         Ok(Self {
-            chunk_pages,
+            chunk_pages: NonZeroUsize::new(chunk_pages).ok_or(EINVAL)?,
             max_chunks,
             chunks: KVec::with_capacity(max_chunks, GFP_KERNEL)?,
             free: [List::EMPTY; Order::MAX.0 as usize + 1],
@@ -143,7 +144,7 @@ impl Slots {
 
     /// The pages that there are.
     pub(crate) fn pages(&self) -> usize {
-        self.chunks.len() * self.chunk_pages
+        self.chunks.len() * self.chunk_pages.get()
     }
 
     /// The pages of those that are free.
@@ -175,7 +176,7 @@ impl Slots {
     /// size.
     pub(crate) fn add_chunk(&mut self, chunk: ChunkSlots) -> Result {
         let first = self.next_chunk().ok_or(ENOSPC)?;
-        if chunk.slots.len() != self.chunk_pages {
+        if chunk.slots.len() != self.chunk_pages.get() {
             return Err(EINVAL);
         }
         self.chunks
@@ -185,7 +186,7 @@ impl Slots {
         for page in (first..self.pages()).rev().step_by(Order::MAX.pages()) {
             self.put(page + 1 - Order::MAX.pages(), Order::MAX);
         }
-        self.free_pages += self.chunk_pages;
+        self.free_pages += self.chunk_pages.get();
         Ok(())
     }
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0
 """`make check`: what can be said of the series without running it."""
 
+import concurrent.futures
 import fnmatch
 import glob
 import os
+import queue
 import re
 import time
 
 import patches
+from audit import export_audit
 from compilefail import compile_fail
-from common import ENV, HERE, Failure, git, git_ok, logfile, output, read, run
+from common import ENV, HERE, JOBS, Failure, git, git_ok, logfile, output, read, run
 from kernel import SELFTESTS
 
 
@@ -115,7 +118,7 @@ def spdx(src, changes):
     files = sorted(f for f in changes.added if os.path.exists(os.path.join(src, f)))
     run(["/usr/bin/python3", "scripts/spdxcheck.py"] + files, "spdxcheck", cwd=src, what="spdxcheck.py")
     missing = [f for f in files if "SPDX-License-Identifier:" not in read(os.path.join(src, f))[:400]
-               and os.path.basename(f) not in (".gitignore", ".kunitconfig", "config")]
+               and os.path.basename(f) not in (".gitignore", ".kunitconfig", "config", "settings")]
     fail_if(["%s: no SPDX-License-Identifier" % f for f in missing])
 
 
@@ -258,9 +261,25 @@ def all_checks(tally, base, head, kernels, worktree):
             problems += git(repo, "diff", "--check", base.commit, head, check=False).splitlines()
         fail_if(problems)
     commits = git(repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
-    for commit, path in zip(commits, files):
-        with tally.test("checkpatch: " + os.path.basename(path)[:45]):
-            checkpatch(worktree(base, "apply", commit), path)
+    # Each patch in the tree as it is with that patch, as many at a time as there are CPUs.
+    trees = queue.SimpleQueue()
+    for number in range(int(JOBS)):
+        name = "checkpatch-%d" % number
+        worktree(base, name, head)
+        trees.put(name)
+
+    def checked(commit, path):
+        name = trees.get()
+        try:
+            checkpatch(worktree(base, name, commit), path)
+        finally:
+            trees.put(name)
+
+    with concurrent.futures.ThreadPoolExecutor(int(JOBS)) as threads:
+        done = [threads.submit(checked, c, p) for c, p in zip(commits, files)]
+        for path, future in zip(files, done):
+            with tally.test("checkpatch: " + os.path.basename(path)[:45]):
+                future.result()
     with tally.test("rustfmt"):
         rustfmt(src, changes)
     with tally.test("SPDX"):
@@ -280,3 +299,4 @@ def all_checks(tally, base, head, kernels, worktree):
         with tally.test("lint: no warning in the selftests"):
             selftest_warnings(kernels, changes)
     compile_fail(tally, kernels)
+    export_audit(tally, kernels)

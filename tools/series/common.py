@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Progress, logs, processes and git: what the rest of the harness stands on."""
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -73,10 +74,11 @@ def duration(seconds):
 
 
 @contextlib.contextmanager
-def step(text):
-    """One line of progress: the text at once, its time when it is done."""
+def step(text, start=None):
+    """One line of progress: the text at once, its time when it is done. It may have begun before,
+    beside others."""
     say("  %-62s " % text, end="")
-    start = time.monotonic()
+    start = start or time.monotonic()
     try:
         yield
     except BaseException:
@@ -97,10 +99,10 @@ class Tally:
                 self.skips[name] = reason.strip()
 
     @contextlib.contextmanager
-    def test(self, name):
+    def test(self, name, start=None):
         """One test, which is one step: it fails by raising Failure."""
         try:
-            with step(name):
+            with step(name, start):
                 yield
             self.passed += 1
         except Failure as e:
@@ -144,6 +146,24 @@ def tail(log, lines=20):
     if first is None or first > len(text) - lines:
         return text[-lines:]
     return text[max(0, first - 2):first + lines - 2]
+
+
+def ahead(items, first, then):
+    """first(item) of one after the other, and then(item, what that gave) of each in another thread
+    while first() of the next runs. Yields (item, when it began, a future)."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        last = None
+        for item in items:
+            began, future = time.monotonic(), concurrent.futures.Future()
+            try:
+                future = thread.submit(then, item, first(item))
+            except Failure as e:
+                future.set_exception(e)
+            if last:
+                yield last
+            last = item, began, future
+        if last:
+            yield last
 
 
 RUNNING = set()     # what run() waits for; each is a process group of its own

@@ -6,7 +6,9 @@
  *   argv      the program and its arguments, the working directory first, each ended by a NUL
  *   modules/  the modules to load
  * and reads afterwards
- *   status    "exit N" or "signal N", or "init ..." when this program itself failed.
+ *   status    "exit N" or "signal N", or "init ..." when this program itself failed
+ *   kmemleak, lockdep_stats
+ *             what these say at the end, of a kernel that has them
  *
  * Output is byte for byte: /dev/tty0 and /dev/tty1 are file descriptors of the host and are put
  * into raw mode. The kernel's log goes elsewhere.
@@ -84,6 +86,65 @@ static void load_modules(void)
 	}
 }
 
+static void copy(const char *from, const char *to)
+{
+	char buf[4096];
+	ssize_t n;
+	int in = open(from, O_RDONLY), out = open(to, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+
+	while (in >= 0 && out >= 0 && (n = read(in, buf, sizeof(buf))) > 0)
+		if (write(out, buf, n) != n)
+			break;
+	close(in);
+	close(out);
+}
+
+/*
+ * Objects younger than five seconds are not reported, nor those that have changed since the scan
+ * before; modules are gone by then, so that what they have left behind is found too.
+ */
+static void look_for_leaks(void)
+{
+	const char *kmemleak = "/sys/kernel/debug/kmemleak";
+	int i, fd = open(kmemleak, O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	for (i = 0; i < 4; i++) {
+		if (write(fd, "scan", 4) != 4) {
+			/* kmemleak=off on the command line. */
+			if (errno == EPERM)
+				return;
+			finish("init kmemleak: %s\n", strerror(errno));
+		}
+		sleep(i ? 0 : 6);
+	}
+	close(fd);
+	copy(kmemleak, "/kmemleak");
+}
+
+static void unload_modules(void)
+{
+	struct dirent **names;
+	int i, n = scandir("/modules", &names, NULL, alphasort);
+
+	while (n-- > 0) {
+		char *end = strstr(names[n]->d_name, ".ko");
+
+		if (!end)
+			continue;
+		*end = 0;
+		/* Busy: the program has left others behind that use it. */
+		for (i = 0; i < 10; i++) {
+			if (!syscall(SYS_delete_module, names[n]->d_name, O_NONBLOCK) || errno == ENOENT)
+				break;
+			if (errno != EWOULDBLOCK && errno != EBUSY)
+				finish("init unload %s: %s\n", names[n]->d_name, strerror(errno));
+			usleep(100 * 1000);
+		}
+	}
+}
+
 int main(void)
 {
 	static char buf[65536], *argv[4096];
@@ -138,6 +199,10 @@ int main(void)
 	do {
 		pid = wait(&status);
 	} while (pid != child);
+	unload_modules();
+	look_for_leaks();
+	if (!access("/proc/lockdep_stats", R_OK))
+		copy("/proc/lockdep_stats", "/lockdep_stats");
 
 	if (WIFSIGNALED(status))
 		finish("signal %d\n", WTERMSIG(status));

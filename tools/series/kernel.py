@@ -19,6 +19,7 @@ DEMO = "dummy_gpu_demo"
 KUNITCONFIG = "mm/hmm/.kunitconfig"
 SAFETY = ("panic_on_warn=1", "oops=panic")     # on every boot
 BOOT_TIMEOUT = 300
+REPORTS = ("kmemleak", "lockdep_stats")        # what init leaves of a kernel that has checkers
 
 
 class Kernels:
@@ -87,9 +88,9 @@ class Kernels:
         bisection would compile nearly everything anew."""
         return self.dir("kunit" if self.kunitconfig().startswith(self.src) else "kunit-before")
 
-    def kunit_py(self, command, *args, log, timeout, check=True, what=None):
+    def kunit_py(self, command, *args, log, timeout, check=True, what=None, build_dir=None):
         return run([sys.executable, os.path.join(self.src, "tools/testing/kunit/kunit.py"), command,
-                    "--arch=um", "--build_dir=" + self.kunit_dir()] + list(args), log, cwd=self.src,
+                    "--arch=um", "--build_dir=" + (build_dir or self.kunit_dir())] + list(args), log, cwd=self.src,
                    env=self.tc.env, timeout=timeout, check=check, what=what)
 
     def kunit_um(self):
@@ -105,14 +106,20 @@ class Kernels:
                       *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
                       what="the build of the KUnit kernel")
 
-    def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT):
+    def kunit_image(self, number):
+        """A copy of the KUnit kernel, to be booted while the next is built: one of two."""
+        path = self.dir("kunit-image-%d" % (number % 2))
+        shutil.copy(os.path.join(self.kunit_dir(), "linux"), path)
+        return path
+
+    def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT, image=None):
         """Boot the KUnit kernel: [(suite.test, PASS|FAIL|SKIP|ERROR)], and the kernel's log."""
-        log = os.path.join(self.kunit_dir(), "test.log")
+        log = os.path.join(image or self.kunit_dir(), "test.log")
         with scratch("kunit") as tmp:
             result = os.path.join(tmp, "result.json")
             status = self.kunit_py("exec", "--json=" + result, "--timeout=%d" % timeout,
                                    *("--kernel_args=" + a for a in SAFETY), *([pattern] if pattern else []),
-                                   log="kunit", timeout=timeout + 60, check=False)
+                                   log="kunit", timeout=timeout + 60, check=False, build_dir=image)
             if not os.path.exists(result):
                 raise Failure("kunit.py gave no result", log if os.path.exists(log) else logfile("kunit"))
             results, broken = flatten(json.loads(read(result)))
@@ -148,8 +155,8 @@ class Kernels:
                        env=self.tc.env).split()
         return out, [os.path.basename(n) for n in names if os.path.basename(n) != DEMO]
 
-    def modules(self):
-        return glob.glob(self.dir("um") + "/drivers/gpu/dummy/*.ko")
+    def modules(self, kernel):
+        return glob.glob(self.dir(kernel) + "/drivers/gpu/dummy/*.ko")
 
     def init(self):
         """The static program that is PID 1."""
@@ -160,12 +167,13 @@ class Kernels:
             os.replace(path + ".new", path)
         return path
 
-    def boot(self, program, args=(), out=None, err=None, timeout=BOOT_TIMEOUT, name="boot", extra=()):
-        """Boot the demo kernel with the modules and run a static program in it.
+    def boot(self, program, args=(), out=None, err=None, timeout=BOOT_TIMEOUT, name="boot", extra=(), kernel="um"):
+        """Boot the demo kernel, or another, with its modules and run a static program in it.
 
         Its output goes to the given binary files as it comes. Returns its exit status, 128 plus
         the signal that ended it. A kernel that does not get that far is a Failure: status 125, or
-        124 when it was the time that ran out."""
+        124 when it was the time that ran out. What the kernel's checkers have found by the end is
+        at the end of its log."""
         program = os.path.abspath(program)
         if not os.access(program, os.X_OK):
             raise Failure("%s is no program" % program, status=126)
@@ -174,11 +182,15 @@ class Kernels:
             for d in ("proc", "sys", "dev", "tmp", "host", "modules"):
                 os.mkdir(os.path.join(root, d))
             shutil.copy(self.init(), root + "/init")
-            for module in self.modules():
+            for module in self.modules(kernel):
                 shutil.copy(module, root + "/modules/")
             write(root + "/argv", "".join(a + "\0" for a in
                                           ["/host" + os.getcwd(), "/host" + program] + list(args)))
-            self._boot(root, log, out or sys.stdout.buffer, err or sys.stderr.buffer, timeout, extra)
+            self._boot(kernel, root, log, out or sys.stdout.buffer, err or sys.stderr.buffer, timeout, extra)
+            for name in REPORTS:
+                if os.path.exists(root + "/" + name):
+                    with open(log, "a", encoding="utf-8") as f:
+                        f.write("== %s\n%s" % (name, read(root + "/" + name)))
             try:
                 how, value = read(root + "/status").split(None, 1)
             except (OSError, ValueError):
@@ -187,9 +199,9 @@ class Kernels:
             raise Failure("before the program: " + value.strip(), log, 125)
         return int(value) + (128 if how == "signal" else 0)
 
-    def _boot(self, root, log, out, err, timeout, extra):
+    def _boot(self, kernel, root, log, out, err, timeout, extra):
         pipes = [os.pipe(), os.pipe()]
-        command = [os.path.join(self.dir("um"), "linux"), "mem=2G", "root=none", "rootfstype=hostfs",
+        command = [os.path.join(self.dir(kernel), "linux"), "mem=2G", "root=none", "rootfstype=hostfs",
                    "rootflags=" + root, "rw", "init=/init", "con0=null,fd:%d" % pipes[0][1],
                    "con1=null,fd:%d" % pipes[1][1], "con=null", "console=ttyS0", "ssl0=null,fd:1",
                    "ssl=null"] + list(SAFETY) + list(extra)

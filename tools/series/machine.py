@@ -115,7 +115,7 @@ def llvm_package():
     return LLVM_TRIED
 
 
-# package, what it is looked for by; "build" is enough for demo and uml, "check" for the rest
+# package, what it is looked for by; "build" is enough for demo and uml
 PACKAGES = {
     "build": (
         ("git", tool("git")), ("make", tool("make")), ("flex", tool("flex")), ("bison", tool("bison")),
@@ -128,6 +128,9 @@ PACKAGES = {
     "check": (
         ("quilt", tool("quilt")), ("codespell", codespell),
         ("python3-ply", system_python("ply")), ("python3-git", system_python("git")),
+    ),
+    "configs": (
+        ("gcc", tool("gcc")), ("libdw-dev", header("elfutils/libdwfl.h")),
     ),
     "tree": (
         ("git", tool("git")), ("xz-utils", tool("xz")),
@@ -392,11 +395,11 @@ def toolchain():
     return Toolchain(directory, lib_src)
 
 
-def prepare(build=True, check=False):
+def prepare(*groups, build=True):
     """Everything that is needed before the first command: packages, base, toolchain.
 
     bindgen is compiled while the source is fetched and unpacked."""
-    packages(*(["build"] if build else ["tree"]) + (["check"] if check else []))
+    packages("build" if build else "tree", *groups)
     want = base_version()
     tree = os.environ.get("KERNEL_TREE")
     lib_src = rust_lib_src() if build else None

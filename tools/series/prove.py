@@ -5,43 +5,68 @@ import glob
 import os
 import re
 
-from common import HERE, Failure, git, git_ok, identity, logfile, read, run
+from common import HERE, Failure, ahead, git, git_ok, identity, logfile, read, run
 from kernel import KUNITCONFIG
 
 MUTANTS = os.path.join(HERE, "mutants")
 PLANTED = os.path.join(HERE, "planted.diff")
-MUTANT_TIMEOUT = 60
-SPAN = 4
+MUTANT_TIMEOUT = 40
+SPAN = 2
+# What no kernel is made of, and what none without Rust is.
+NO_KERNEL = ("Documentation", "MAINTAINERS", "tools/testing/selftests")
+ONLY_RUST = ("rust", "*.rs")
+
+
+def builds(kernels, without=True):
+    """What is checked out in kernels.src builds, with Rust and without."""
+    if without:
+        kernels.build("norust", HERE + "/norust.config")
+    kernels.kunit_build()
+
+
+def suites_pass(kernels, image=None):
+    results, _ = kernels.kunit_run(image=image)
+    bad = ["%s %s" % r for r in results if r[1] not in ("PASS", "SKIP")]
+    if bad:
+        raise Failure("these tests fail: " + ", ".join(bad), logfile("kunit"))
+    return results
 
 
 def bisect_step(kernels):
     """What the commit checked out in kernels.src is worth: 0 good, 1 bad, 125 cannot be built."""
     try:
-        kernels.build("norust", HERE + "/norust.config")
-        kernels.kunit_build()
+        builds(kernels)
     except Failure as e:
         return 125, e
     try:
-        results, _ = kernels.kunit_run()
+        return 0, suites_pass(kernels)
     except Failure as e:
         return 1, e
-    bad = ["%s %s" % r for r in results if r[1] not in ("PASS", "SKIP")]
-    if bad:
-        return 1, Failure("these tests fail: " + ", ".join(bad), logfile("kunit"))
-    return 0, results
 
 
 def walk(tally, base, head, kernels, worktree):
     """Every commit builds, with Rust and without, and its KUnit suites pass."""
     commits = git(base.repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
-    for number, commit in enumerate(commits, 1):
+
+    def changes(number, but):
+        """Whether the commit changes more than what these patterns match."""
+        return not number or not git_ok(base.repo, "diff", "--quiet", commits[number - 1], commits[number], "--",
+                                        ".", *(":!" + pattern for pattern in but))
+
+    def build(commit):
+        """The kernel to boot, or None where the commit changes nothing that one is made of."""
+        number = commits.index(commit)
+        if not changes(number, NO_KERNEL):
+            return None
+        worktree(base, "src", commit)
+        builds(kernels, changes(number, NO_KERNEL + ONLY_RUST))
+        return kernels.kunit_image(number)
+
+    for commit, began, booted in ahead(commits, build, lambda _, image: image and suites_pass(kernels, image)):
         subject = git(base.repo, "log", "-1", "--format=%s", commit)
-        with tally.test(("bisect: %d/%d %s" % (number, len(commits), subject))[:62]):
-            worktree(base, "src", commit)
-            status, what = bisect_step(kernels)
-            if status:
-                raise what
-    return commits
+        name = "bisect: %d/%d %s" % (commits.index(commit) + 1, len(commits), subject)
+        with tally.test(name[:62], began):
+            booted.result()
 
 
 def diff_of(path):
@@ -103,11 +128,11 @@ def was_running(log, suite):
     return not any(re.match(r"\s*(not )?ok \d+ ", l) for l in lines[start:])
 
 
-def verdict(kernels, test):
+def verdict(kernels, test, image):
     """PASS, SKIP, FAIL (also: the kernel went down, or hung, in that test) or what else happened."""
     suite = test.split(".")[0]
     try:
-        results, log = kernels.kunit_run(test, timeout=MUTANT_TIMEOUT)
+        results, log = kernels.kunit_run(test, timeout=MUTANT_TIMEOUT, image=image)
     except Failure:
         results, log = [], ""
     own = [s for name, s in results if name == test or name.startswith(test + ".")]
@@ -133,19 +158,25 @@ def mutants(tally, base, head, kernels, worktree):
         missing = sorted(set(named) - set(unbroken))
         if missing:
             raise Failure("these do not pass: " + " ".join(missing), logfile("kunit"))
-    for path in files:
-        tests = diff_of(path)[1]
-        with tally.test("mutant: " + os.path.basename(path)[:-5]):
-            if not tests:
-                raise Failure("%s names no test (Test: suite.test)" % path)
-            src = worktree(base, "src", head)
-            if run(["git", "-C", src, "apply", path], "mutants", check=False):
-                raise Failure("%s does not apply" % path, logfile("mutants"))
-            kernels.kunit_build()
-            for test in tests:
-                if test not in unbroken:
-                    raise Failure("%s does not pass without the mutant" % test)
-                got = verdict(kernels, test)
-                if got != "FAIL":
-                    raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit"))
+
+    def build(path):
+        if not diff_of(path)[1]:
+            raise Failure("%s names no test (Test: suite.test)" % path)
+        src = worktree(base, "src", head)
+        if run(["git", "-C", src, "apply", path], "mutants", check=False):
+            raise Failure("%s does not apply" % path, logfile("mutants"))
+        kernels.kunit_build()
+        return kernels.kunit_image(files.index(path))
+
+    def boot(path, image):
+        for test in diff_of(path)[1]:
+            if test not in unbroken:
+                raise Failure("%s does not pass without the mutant" % test)
+            got = verdict(kernels, test, image)
+            if got != "FAIL":
+                raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit"))
+
+    for path, began, booted in ahead(files, build, boot):
+        with tally.test("mutant: " + os.path.basename(path)[:-5], began):
+            booted.result()
     worktree(base, "src", head)

@@ -55,7 +55,7 @@ pub(crate) struct Operand {
 
 impl Operand {
     fn new(start: u64, len: usize) -> Result<Self> {
-        let start = usize::try_from(start).map_err(|_| EINVAL)?;
+        let start = usize::try_from(start).map_err(|_| EFAULT)?;
 
         if len == 0 || start.checked_add(len).is_none() {
             return Err(EINVAL);

@@ -127,18 +127,17 @@ impl Account {
         self.instance.add(counter, count as u64);
     }
 
+    /// The page table of the file is gone. What happened stays in the counters of the instance,
+    /// and so do the pages in its memory for as long as they are there.
+    pub(crate) fn close(&self) {
+        let pages = self.file.get(Counter::PagesMapped);
+        self.sub(Counter::PagesMapped, pages as usize);
+    }
+
     /// Takes back `count` things that there are no longer.
     pub(crate) fn sub(&self, counter: Counter, count: usize) {
         self.file.sub(counter, count as u64);
         self.instance.sub(counter, count as u64);
-    }
-}
-
-impl Drop for Account {
-    fn drop(&mut self) {
-        // What happened stays in the counters of the instance. What there was is gone.
-        let pages = self.file.get(Counter::PagesMapped);
-        self.instance.sub(Counter::PagesMapped, pages);
     }
 }
 
@@ -191,7 +190,7 @@ mod tests {
         file.add(Counter::PagesMapped, 10);
         file.sub(Counter::PagesMapped, 4);
         other.add(Counter::PagesMapped, 1);
-        drop(file);
+        file.close();
         assert_eq!(instance.get(Counter::Faults), 2);
         assert_eq!(instance.get(Counter::PagesMapped), 1);
         Ok(())

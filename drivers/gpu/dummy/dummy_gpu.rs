@@ -9,7 +9,8 @@
 //! - `uapi`, `debugfs`: ioctls, and counters to read.
 //! - `job`: one submission; the engine's turns and the submitting task's.
 //! - `engine`, `command`: what the GPU computes. Pure.
-//! - `svm`: the address space of a process for the GPU; services GPU page faults through `hmm`.
+//! - `svm`: the address space of a process for the GPU, which is the memory that an engine is
+//!   given; services GPU page faults through `hmm`.
 //! - `policy`: which memory is to be where. Pure.
 //! - `vram`: the GPU's memory and its copy engine.
 //! - `mmu`: the GPU's page table. Pure.

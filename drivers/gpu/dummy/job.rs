@@ -111,7 +111,7 @@ impl Job {
         // It is not enqueued: it has run, but for its last instructions, each time that it was.
         workqueue::system_dfl()
             .enqueue(self.clone())
-            .map_err(|_| EBUSY)?;
+            .map_err(|_| EIO)?;
 
         let mut stopped = self.stopped.lock();
         loop {
@@ -131,6 +131,7 @@ impl Job {
         loop {
             match self.run_once().map_err(|err| (err, None))? {
                 Stop::Done => return Ok(()),
+                Stop::Paused if current!().fatal_signal_pending() => return Err((EINTR, None)),
                 Stop::Paused => {}
                 Stop::Fault(fault) => {
                     let steps = self.engine.lock().steps();

@@ -37,18 +37,28 @@ impl Policies {
         Self(KVVec::new())
     }
 
-    /// The policy at `va`, and the first address after it that has another; the last page is never
-    /// reached.
-    pub(crate) fn at(&self, va: usize) -> (Policy, usize) {
+    /// The policy of the page at `va`, and the range around it that has the same; the last page is
+    /// in none.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] for the last page.
+    pub(crate) fn at(&self, va: usize) -> Result<(PageRange, Policy)> {
+        let mut start = 0;
         for (range, policy) in &self.0 {
             if range.contains(va) {
-                return (*policy, range.end());
+                return Ok((*range, *policy));
             }
             if va < range.start() {
-                return (Policy::default(), range.start());
+                return Ok((PageRange::new(start, range.start())?, Policy::default()));
             }
+            start = range.end();
         }
-        (Policy::default(), PAGE_MASK)
+        let rest = PageRange::new(start, PAGE_MASK)?;
+        match rest.contains(va) {
+            true => Ok((rest, Policy::default())),
+            false => Err(EINVAL),
+        }
     }
 
     /// Sets the policy of `range`.
@@ -112,9 +122,14 @@ mod tests {
     }
 
     #[test]
-    fn the_default_holds_everywhere_at_first() {
-        assert_eq!(Policies::new().at(0), (Policy::Device, PAGE_MASK));
-        assert_eq!(Policies::new().at(usize::MAX), (Policy::Device, PAGE_MASK));
+    fn the_default_holds_everywhere_at_first() -> Result {
+        let all = PageRange::new(0, PAGE_MASK)?;
+
+        for va in [0, PAGE_MASK - 1] {
+            assert!(Policies::new().at(va)? == (all, Policy::Device));
+        }
+        assert_eq!(Policies::new().at(usize::MAX).err(), Some(EINVAL));
+        Ok(())
     }
 
     #[test]
@@ -123,10 +138,11 @@ mod tests {
 
         policies.set(pages(2, 4)?, Policy::System)?;
         let (second, fourth) = (2 * PAGE_SIZE, 4 * PAGE_SIZE);
-        assert_eq!(policies.at(second - 1), (Policy::Device, second));
-        assert_eq!(policies.at(second), (Policy::System, fourth));
-        assert_eq!(policies.at(fourth - 1), (Policy::System, fourth));
-        assert_eq!(policies.at(fourth), (Policy::Device, PAGE_MASK));
+        assert!(policies.at(second - 1)? == (pages(0, 2)?, Policy::Device));
+        assert!(policies.at(second)? == (pages(2, 4)?, Policy::System));
+        assert!(policies.at(fourth - 1)? == (pages(2, 4)?, Policy::System));
+        let rest = PageRange::new(fourth, PAGE_MASK)?;
+        assert!(policies.at(fourth)? == (rest, Policy::Device));
         Ok(())
     }
 
@@ -139,7 +155,7 @@ mod tests {
         assert_eq!(policies.0.len(), 2);
         policies.set(pages(2, 3)?, Policy::None)?;
         assert_eq!(policies.0.len(), 1);
-        assert_eq!(policies.at(PAGE_SIZE), (Policy::None, 4 * PAGE_SIZE));
+        assert!(policies.at(PAGE_SIZE)? == (pages(1, 4)?, Policy::None));
         Ok(())
     }
 
@@ -165,7 +181,7 @@ mod tests {
         let one_more = pages(2 * Policies::MAX, 2 * Policies::MAX + 1)?;
         assert_eq!(policies.set(one_more, Policy::System), Err(ENOSPC));
         assert_eq!(policies.0.len(), Policies::MAX);
-        assert_eq!(policies.at(one_more.start()).0, Policy::Device);
+        assert_eq!(policies.at(one_more.start())?.1, Policy::Device);
         Ok(())
     }
 
@@ -189,10 +205,12 @@ mod tests {
             policies.set(pages(first, end)?, policy)?;
             model[first..end].fill(policy);
             for (page, expected) in model.iter().enumerate() {
-                let (policy, end) = policies.at(page * PAGE_SIZE);
+                let (range, policy) = policies.at(page * PAGE_SIZE)?;
                 assert_eq!(policy, *expected);
-                let end = (end / PAGE_SIZE).min(PAGES);
-                assert!(model[page..end].iter().all(|other| other == expected));
+                let first = range.start() / PAGE_SIZE;
+                let end = (range.end() / PAGE_SIZE).min(PAGES);
+                assert!(model[first..end].iter().all(|other| other == expected));
+                assert!(first == 0 || model[first - 1] != *expected);
                 assert!(end == PAGES || model[end] != *expected);
             }
         }

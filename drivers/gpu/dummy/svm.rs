@@ -2,7 +2,7 @@
 
 //! Shared virtual memory: a process's address space, as the GPU sees it.
 //!
-//! The one file of the driver that asks `hmm` for memory. The GPU's page table ([`Mmu`]) says what
+//! The one file of the driver that has `hmm` fault memory. The GPU's page table ([`Mmu`]) says what
 //! the GPU may access. What it does not allow is a GPU page fault, which [`Svm::service`]
 //! turns into entries, in windows of up to one of the GPU's tables; what mm takes back leaves the
 //! page table in [`Translations::invalidate`]. The bytes themselves are copied by the core, which
@@ -66,12 +66,25 @@ use kernel::{
     }, //
 };
 
+// A window that is faulted is one table.
+static_assert!(TABLE_ORDER <= FaultBuf::MAX_ORDER);
+
 /// The GPU's translations for one process, and what it counts.
 #[pin_data]
 struct Translations {
     #[pin]
     mmu: SpinLock<Mmu>,
-    account: Arc<Account>,
+    account: TableAccount,
+}
+
+/// The account that a page table's pages count for. It goes with the table; pages of the GPU's
+/// memory may keep the account itself for longer.
+struct TableAccount(Arc<Account>);
+
+impl Drop for TableAccount {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 impl Translations {
@@ -84,25 +97,32 @@ impl Translations {
         }
     }
 
-    /// Maps the pages that `commit` proves to be there. Those of RAM that were not needed only if
-    /// they are to stay there: else they should move first, when they are needed.
-    fn map(&self, commit: &Commit<'_>, spare: SpareTable, ram_stays: bool) {
+    /// Maps the pages that `commit` proves to be there; those that were not needed only if they are
+    /// where the policy of `like` has them: else they are to move first, when they are needed.
+    fn map(&self, commit: &Commit<'_>, spare: SpareTable, (like, policy): (PageRange, Policy)) {
         let mut new = 0;
         let mut mmu = self.mmu.lock();
         let mut table = mmu.table(commit.range().start(), spare);
 
         for (va, entry) in commit.entries() {
-            let ram_stays = ram_stays || commit.needed().contains(va);
+            let at_home = match entry {
+                Entry::Ram(_) => policy != Policy::Device,
+                Entry::Device(_) => policy != Policy::System,
+                _ => false,
+            };
+            if !commit.needed().contains(va) && !(at_home && like.contains(va)) {
+                continue;
+            }
             new += usize::from(match entry {
-                Entry::Device(Device::Read(page)) => table.map(&page),
-                Entry::Device(Device::Write(page)) => table.map_writable(&page),
-                Entry::Ram(Ram::Read(page)) if ram_stays => table.map(&page),
-                Entry::Ram(Ram::Write(page)) if ram_stays => table.map_writable(&page),
+                Entry::Ram(Ram::Read(page)) | Entry::Device(Device::Read(page)) => table.map(&page),
+                Entry::Ram(Ram::Write(page)) | Entry::Device(Device::Write(page)) => {
+                    table.map_writable(&page)
+                }
                 _ => false,
             });
         }
         // Under the lock, so that an invalidation cannot take them back first.
-        self.account.add(Counter::PagesMapped, new);
+        self.account.0.add(Counter::PagesMapped, new);
     }
 }
 
@@ -110,11 +130,11 @@ impl MirrorOps for Translations {
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op> {
         let mut mmu = self.mmu.lock();
         let pages = mmu.unmap(event.range());
-        self.account.sub(Counter::PagesMapped, pages);
+        self.account.0.sub(Counter::PagesMapped, pages);
         drop(mmu);
 
-        self.account.add(Counter::Invalidations, 1);
-        self.account.add(Counter::InvalidatedPages, pages);
+        self.account.0.add(Counter::Invalidations, 1);
+        self.account.0.add(Counter::InvalidatedPages, pages);
         event.done()
     }
 }
@@ -153,12 +173,12 @@ impl Svm {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the task has none, [`ENOMEM`].
+    /// [`EINVAL`] if the task has none, [`EINTR`] if a signal is pending, [`ENOMEM`].
     pub(crate) fn new(account: Arc<Account>, vram: Option<Arc<Vram>>) -> Result<Arc<Self>> {
         let translations = Arc::pin_init(
             pin_init!(Translations {
                 mmu <- new_spinlock!(Mmu::new(), "dummy_gpu::mmu"),
-                account,
+                account: TableAccount(account),
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
@@ -190,7 +210,7 @@ impl Svm {
 
     /// What is counted for this address space.
     pub(crate) fn account(&self) -> &Arc<Account> {
-        &self.translations.account
+        &self.translations.account.0
     }
 
     /// The size of the GPU's memory in bytes, or zero.
@@ -251,20 +271,24 @@ impl Svm {
     }
 
     /// Moves the start of `need` to where its policy says, if it can be moved. Returns how far that
-    /// policy goes, and whether RAM is where the pages are to stay.
+    /// goes, and the policy with the range around it that has the same.
     ///
     /// # Errors
     ///
     /// [`EINTR`] on a fatal signal.
-    fn place(&self, need: PageRange, buf: &mut MoveBuf) -> Result<(PageRange, bool)> {
+    fn place(
+        &self,
+        need: PageRange,
+        buf: &mut MoveBuf,
+    ) -> Result<(PageRange, (PageRange, Policy))> {
+        let (like, policy) = self.policies.lock().at(need.start()).map_err(|_| EFAULT)?;
         let Some(vram) = &self.vram else {
-            return Ok((need, true));
+            return Ok((need, (like, Policy::None)));
         };
-        let (policy, end) = self.policies.lock().at(need.start());
-        let need = PageRange::new(need.start(), need.end().min(end))?;
+        let need = PageRange::new(need.start(), need.end().min(like.end()))?;
 
         let (need, moved) = match policy {
-            Policy::None => return Ok((need, true)),
+            Policy::None => return Ok((need, (like, policy))),
             Policy::System => (need, vram.give(&self.mirror, need, buf)),
             Policy::Device => {
                 let need = vram.share(need)?;
@@ -274,7 +298,7 @@ impl Svm {
         match moved {
             Err(err) if err == EINTR => Err(err),
             // Where there is no room, or the copy failed, pages are used where they are.
-            _ => Ok((need, policy != Policy::Device)),
+            _ => Ok((need, (like, policy))),
         }
     }
 
@@ -300,11 +324,11 @@ impl Svm {
 
         // Only the last page of all can make this fail, which is not the process's.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
-        let (need, ram_stays) = self.place(need, &mut window.moves)?;
+        let (need, like) = self.place(need, &mut window.moves)?;
         let request = FaultRequest::new(need, fault.access);
         let spare = SpareTable::new()?;
         let result = self.mirror.fault(request, &mut window.faults, |commit| {
-            self.translations.map(commit, spare, ram_stays)
+            self.translations.map(commit, spare, like)
         });
 
         account.add(Counter::Retries, window.faults.retries() as usize);

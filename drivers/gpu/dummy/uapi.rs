@@ -236,7 +236,9 @@ fn page_range(svm: &Svm, start: u64, length: u64, max_length: u64) -> Result<Pag
     if length > max_length {
         return Err(EINVAL);
     }
-    let range = PageRange::from_len(start.try_into()?, length.try_into()?)?;
+    let start = usize::try_from(start).map_err(|_| EFAULT)?;
+    let length = usize::try_from(length).map_err(|_| EFAULT)?;
+    let range = PageRange::from_len(start, length)?;
     if range.end() > svm.end() {
         return Err(EFAULT);
     }

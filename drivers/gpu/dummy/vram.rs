@@ -202,8 +202,9 @@ impl PoolOps for Words {
     fn read(&self, address: usize, buf: &mut [u8]) {
         self.each(address, buf.len(), |word, first, part| {
             let value = word.load(Relaxed).to_ne_bytes();
-            let len = part.len();
-            buf[part].copy_from_slice(&value[first..first + len]);
+            for (to, from) in buf[part].iter_mut().zip(&value[first..]) {
+                *to = *from;
+            }
         });
     }
 
@@ -249,6 +250,13 @@ mod tests {
         let mut bytes = [0xff; SIZE];
         words.read(0, &mut bytes);
         bytes
+    }
+
+    #[test]
+    fn a_size_that_no_memory_has_is_einval() {
+        for size in [0, MAX_SIZE + 1, usize::MAX] {
+            assert!(Vram::new(c"dummy_gpu_kunit", size).err() == Some(EINVAL));
+        }
     }
 
     #[test]

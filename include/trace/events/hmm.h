@@ -24,6 +24,22 @@ TRACE_EVENT(hmm_fault_busy,
 	    TP_printk("va=0x%lx retries=%u", __entry->va, __entry->retries)
 );
 
+#ifdef CONFIG_RUST_HMM_DEVICE
+/**
+ * hmm_pool_full - a device's memory is full, and nothing in it can be evicted
+ * @wanted: how many pages were wanted
+ *
+ * The driver got -ENOMEM.
+ */
+TRACE_EVENT(hmm_pool_full,
+	    TP_PROTO(unsigned long wanted),
+	    TP_ARGS(wanted),
+	    TP_STRUCT__entry(__field(unsigned long, wanted)),
+	    TP_fast_assign(__entry->wanted = wanted;),
+	    TP_printk("wanted=%lu", __entry->wanted)
+);
+#endif
+
 #endif /* _TRACE_HMM_H */
 
 /* This part must be outside protection */

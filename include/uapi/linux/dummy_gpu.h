@@ -15,7 +15,8 @@
  * binds the file to the memory of the task that calls it. Commands take plain
  * pointers into that memory, wherever it comes from: nothing is registered,
  * pinned or copied. The file can be inherited or passed on, but not used: an
- * ioctl from a task with another mm fails with EPERM.
+ * ioctl from a task with another mm fails with EPERM. open() fails with ENOMEM,
+ * and with EINTR if a signal is pending.
  *
  * All fields are __u64. Addresses, lengths and sizes are in bytes.
  */
@@ -39,6 +40,10 @@
  *    multiple of 8, or @flags has an unknown bit.
  *  - E2BIG: The structure is larger than the kernel knows and the rest is not
  *    zero, or @size exceeds 4096.
+ *
+ * Where only a part of the structure can be written, that part may have been.
+ * Where the structure becomes unwritable while an ioctl is at work, EFAULT says
+ * so at its end: the work is done.
  */
 
 /* The type of all ioctls. */
@@ -255,13 +260,14 @@ struct dummy_gpu_stats {
 /**
  * DOC: Placement
  *
- * Private anonymous memory can be in the device's own memory, in RAM or, page by
- * page, in both; other memory is always in RAM. What a program reads and writes
- * is the same. A page moves to the device's memory when a GPU page fault is
- * serviced and the policy of its address says so, or when PREFETCH does; it
- * moves back when a CPU touches it, when its place is needed for others, when
- * PREFETCH or the policy says so, and at the latest when the device goes. It
- * stays there when the file is closed.
+ * Private anonymous memory can be in the device's own memory, in RAM or, page
+ * by page, in both; other memory is always in RAM, and so is what KSM may merge
+ * (MADV_MERGEABLE). What a program reads and writes is the same. A page moves
+ * to the device's memory when a GPU page fault is serviced and the policy of
+ * its address says so, or when PREFETCH does; it moves back when a CPU touches
+ * it, when its place is needed for others, when PREFETCH or the policy says so,
+ * and at the latest when the device goes. It stays there when the file is
+ * closed.
  *
  * Where a page cannot move (someone has it pinned, or memory is short) it is used
  * where it is.
@@ -295,8 +301,8 @@ enum dummy_gpu_place {
  *  - EFAULT: The range reaches beyond the user address space, or nothing is
  *    mapped at @start + @done.
  *  - ENODEV: The device has no memory of its own.
- *  - ENOMEM: The device's memory is full and nothing in it can be moved, or
- *    there is no memory to keep account.
+ *  - ENOMEM: The device's memory is full and nothing in it can be moved, there
+ *    is no RAM to move to, or no memory to keep account.
  *  - EBUSY: The mapping kept changing until the time for retries was over.
  *  - EINTR: A signal arrived. The rest can be asked for again.
  *
@@ -345,7 +351,7 @@ enum dummy_gpu_policy {
  *  - ENOSPC: There would be more than 1024 ranges with a policy of their own.
  *  - ENOMEM: No memory for the range.
  *
- * @size is written back unless one of the first three errors or a general one
+ * @size is written back unless one of the first two errors or a general one
  * occurs.
  */
 struct dummy_gpu_advise {

@@ -80,11 +80,13 @@ pub(super) struct TestDevice<D> {
     memory: SpinLock<KVVec<u8>>,
     /// The largest batch that is copied, in pages; above it copies fail, half done.
     pub(super) most: Atomic<usize>,
+    /// The error then.
+    pub(super) says: Atomic<i32>,
     /// The address of a page that is not copied either.
     pub(super) bad: Atomic<usize>,
     /// Whether it says so.
     pub(super) honest: Atomic<bool>,
-    /// The pages that came home, by reason.
+    /// The pages that came home with their data, by reason.
     home: [Atomic<u64>; 3],
     /// The pages that were freed, and the sum of what they had.
     pub(super) freed: Atomic<u64>,
@@ -100,6 +102,7 @@ impl<D: Tally> TestDevice<D> {
             pin_init!(Self {
                 memory <- new_spinlock!(memory),
                 most: Atomic::new(usize::MAX),
+                says: Atomic::new(EIO.to_errno()),
                 bad: Atomic::new(usize::MAX),
                 honest: Atomic::new(true),
                 home: [const { Atomic::new(0) }; 3],
@@ -132,7 +135,9 @@ impl<D: Tally> PoolOps for TestDevice<D> {
             let bad = self.bad.load(Relaxed).wrapping_sub(range.start()) < range.len();
             left = match left.checked_sub(range.len() / PAGE_SIZE) {
                 Some(left) if !bad => left,
-                _ if self.honest.load(Relaxed) => return Err(EIO),
+                _ if self.honest.load(Relaxed) => {
+                    return Err(Error::from_errno(self.says.load(Relaxed)));
+                }
                 _ => return Ok(()),
             };
             match op {
@@ -157,8 +162,9 @@ impl<D: Tally> PoolOps for TestDevice<D> {
     }
 
     fn migrated_to_ram(&self, data: D::Borrowed<'_>, reason: MigrateReason) {
-        assert!(D::value(&data) != 0);
-        self.home[reason as usize].add(1, Relaxed);
+        if D::value(&data) != 0 {
+            self.home[reason as usize].add(1, Relaxed);
+        }
     }
 
     fn page_freed(&self, data: D) {

@@ -108,6 +108,21 @@ mod tests {
     }
 
     #[test]
+    fn a_leaf_goes_with_its_last_entry() -> Result {
+        let page = page_with(7)?;
+        let range = PageRange::from_len(0, 2 * LEAF_BYTES)?;
+        let mut entries = Entries::new(range)?;
+        let two = PageRange::from_len(LEAF_BYTES, 2 * PAGE_SIZE)?;
+        install(&mut entries, two, &page, VALID)?;
+        assert_eq!(entries.leaves(), 1);
+        entries.erase(PageRange::from_len(LEAF_BYTES, PAGE_SIZE)?);
+        assert_eq!(entries.leaves(), 1);
+        entries.erase(PageRange::from_len(LEAF_BYTES + PAGE_SIZE, PAGE_SIZE)?);
+        assert_eq!(entries.leaves(), 0);
+        Ok(())
+    }
+
+    #[test]
     fn install_replaces_and_needs_a_leaf() -> Result {
         let (old, new) = (page_with(1)?, page_with(2)?);
         let range = PageRange::from_len(0, LEAF_BYTES)?;

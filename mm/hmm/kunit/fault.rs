@@ -19,6 +19,8 @@ use super::{
         pfn::Access,
         range::PageRange,
     },
+    map_aligned,
+    page,
     Recorder, //
 };
 use kernel::{
@@ -59,22 +61,14 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> 
 /// Drops what is mapped at `range`; the mapping stays.
 fn zap(mm: &UserMm, range: PageRange) {
     let guard = mm.mm().mmap_read_lock();
-    let vma = guard.vma_lookup(range.start());
-    assert!(vma.is_some());
-    if let Some(vma) = vma {
+    if let Some(vma) = guard.vma_lookup(range.start()) {
         vma.zap_vma_range(range.start(), range.len());
     }
 }
 
 /// Maps 8 pages, aligned to a window of 8.
 fn map_window(mm: &UserMm, prot: Prot) -> Result<PageRange> {
-    let len = 8 * PAGE_SIZE;
-    let addr = mm.mmap_anonymous(2 * len, prot)?.next_multiple_of(len);
-    PageRange::from_len(addr, len)
-}
-
-fn page(range: PageRange, index: usize) -> Result<PageRange> {
-    PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
+    map_aligned(mm, 8, prot)
 }
 
 fn user_write(va: usize, byte: u8) -> Result {
@@ -209,6 +203,45 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_is_not_the_process_s_changes_nothing() -> Result {
+        with_user_mm(|_| {
+            let ops = Recorder::new()?;
+            let mirror = Mirror::new(ops.clone())?;
+            let mut buf = FaultBuf::new(3)?;
+            let end = mirror.task_size();
+            let last = usize::MAX - (2 * PAGE_SIZE - 1);
+            for (start, pages) in [(0, 1), (end - PAGE_SIZE, 2), (end, 1), (last, 1)] {
+                let range = PageRange::from_len(start, pages * PAGE_SIZE)?;
+                let mut calls = 0;
+                let req = FaultRequest::new(range, Access::Write);
+                let result = mirror.fault(req, &mut buf, |_| calls += 1);
+                assert_eq!(result, Err(EFAULT));
+                assert_eq!(calls, 0);
+                assert_eq!(buf.retries(), 0);
+            }
+            // Where nothing is mapped there is nothing to follow.
+            assert!(mirror.region(0).is_none());
+            assert_eq!(ops.count(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn no_time_for_retries_is_not_all_the_time() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let mut buf = FaultBuf::new(3)?;
+            let req = FaultRequest::new(window, Access::Write).timeout_ms(0);
+            mirror.fault(req, &mut buf, |_| ())?;
+            let zap = || zap(mm, window);
+            let result = mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), zap);
+            assert_eq!(result, Err(EBUSY));
+            Ok(())
+        })
+    }
+
+    #[test]
     fn a_write_to_read_only_memory_is_eperm_and_a_read_is_not() -> Result {
         with_user_mm(|mm| {
             let mirror = Mirror::new(Recorder::new()?)?;
@@ -260,17 +293,12 @@ mod tests {
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(page(window, 0)?, Access::Write);
             let (mut attempts, mut commits) = (0, 0);
-            mirror.fault_with(
-                &req,
-                &mut buf,
-                &mut |_: &Commit<'_>| commits += 1,
-                &mut || {
-                    attempts += 1;
-                    if attempts <= 2 {
-                        zap(mm, window);
-                    }
-                },
-            )?;
+            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, || {
+                attempts += 1;
+                if attempts <= 2 {
+                    zap(mm, window);
+                }
+            })?;
             assert_eq!(attempts, 3);
             assert_eq!(commits, 1);
             assert_eq!(buf.retries(), 2);
@@ -290,12 +318,10 @@ mod tests {
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(window, Access::Write).timeout_ms(20);
             let mut commits = 0;
-            let result = mirror.fault_with(
-                &req,
-                &mut buf,
-                &mut |_: &Commit<'_>| commits += 1,
-                &mut || zap(mm, window),
-            );
+            let result =
+                mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, || {
+                    zap(mm, window)
+                });
             assert_eq!(result, Err(EBUSY));
             assert_eq!(commits, 0);
             assert!(buf.retries() >= 1);
@@ -321,9 +347,7 @@ mod tests {
 
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(above, Access::Read);
-            mirror.fault_with(&req, &mut buf, &mut |_: &Commit<'_>| (), &mut || {
-                zap(mm, below)
-            })?;
+            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), || zap(mm, below))?;
             assert_eq!(ops.count(), 1);
             assert_eq!(buf.retries(), 0);
             assert!(mirror.read(above.start(), &mut [0]).is_ok());

@@ -4,6 +4,7 @@
 
 use super::{
     super::{
+        copy::PageCopy,
         fault::{
             Device,
             Entry,
@@ -12,18 +13,20 @@ use super::{
         },
         migrate::{
             evict,
+            Arrays,
             Collected,
             MigrateBuf,
             MigrateReason,
-            Select,
+            ToDevice,
+            ToRam,
             GFP_TRY, //
         },
         mirror::Mirror,
         pfn::Access,
         pool::{
             DevicePool,
-            PageData,
-            Pool, //
+            Pool,
+            RawData, //
         },
         range::PageRange,
     },
@@ -32,6 +35,8 @@ use super::{
         TestDevice,
         CHUNK, //
     },
+    map_aligned,
+    page,
     Recorder, //
 };
 use kernel::{
@@ -49,10 +54,15 @@ use kernel::{
         },
         Arc, //
     },
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
     uaccess::{
         UserPtr,
         UserSlice, //
-    }, //
+    },
+    workqueue::system_dfl, //
 };
 
 /// How many allocations of pages of RAM succeed before all fail.
@@ -143,19 +153,13 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<usize> {
 
 /// Maps a window of pages, and writes `first` to the first, and so on.
 fn map_window(mm: &UserMm, first: Option<u8>) -> Result<PageRange> {
-    let len = WINDOW * PAGE_SIZE;
-    let addr = mm.mmap_anonymous(2 * len, Prot::ReadWrite)?;
-    let window = PageRange::from_len(addr.next_multiple_of(len), len)?;
+    let window = map_aligned(mm, WINDOW, Prot::ReadWrite)?;
     if let Some(first) = first {
         for (n, va) in window.page_addrs().enumerate() {
             user_write(va, first + n as u8)?;
         }
     }
     Ok(window)
-}
-
-fn page(range: PageRange, index: usize) -> Result<PageRange> {
-    PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
 }
 
 /// Fills the page at `va`.
@@ -179,6 +183,12 @@ fn user_has(va: usize, byte: u8) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Page data for the pool of a [`Setup`].
+fn number() -> RawData {
+    // SAFETY: Its page data is a `u64`.
+    unsafe { RawData::new(5u64) }
 }
 
 fn first_byte(mirror: &Mirror, va: usize) -> Option<u8> {
@@ -314,6 +324,48 @@ mod tests {
                 assert!(user_has(va, 1 + n as u8)?);
             }
             assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_device_without_memory_to_copy_is_sigbus_and_no_endless_fault() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            setup.device.says.store(ENOMEM.to_errno(), Relaxed);
+            setup.device.most.store(0, Relaxed);
+            assert_eq!(user_has(window.start(), 1), Err(EFAULT));
+            assert_eq!(setup.migrate_out(window), Err(ENOMEM));
+            setup.device.most.store(usize::MAX, Relaxed);
+            assert_eq!(user_has(window.start(), 1), Ok(true));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_pool_whose_device_fails_ends_when_that_works_again() -> Result {
+        with_user_mm(|mm| {
+            let Setup {
+                device,
+                pool,
+                mirror,
+                mut buf,
+            } = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            mirror.migrate_to_device(&pool, window, &mut buf, || 1)?;
+            device.most.store(0, Relaxed);
+            let repaired = device.clone();
+            system_dfl().try_spawn(GFP_KERNEL, move || {
+                fsleep(Delta::from_millis(50));
+                repaired.most.store(usize::MAX, Relaxed);
+            })?;
+            drop(pool);
+            assert_eq!(device.home(MigrateReason::Evict), WINDOW as u64);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
             Ok(())
         })
     }
@@ -508,18 +560,16 @@ mod tests {
 
             let guard = mm.mm().mmap_read_lock();
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
-            let owner = Pool::owner(Some(pool));
+            let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
-            let collected =
-                unsafe { Collected::at(vma, window, owner, Select::Ram, buf.arrays().0) }?;
-            let copied =
-                collected.copy_to_device(pool, &mut reservation, &mut || 5u64.into_raw())?;
-            let committed = copied.commit_to_device(pool);
+            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            let committed = collected.copy(&mut reservation, &mut number)?.commit();
             // As MADV_DONTNEED does.
             vma.zap_vma_range(window.start(), 4 * PAGE_SIZE);
-            assert_eq!(committed.pages(), WINDOW);
+            let moved = committed.pages();
             drop(committed);
             drop(guard);
+            assert_eq!(moved, WINDOW);
 
             assert_eq!(setup.used(), WINDOW - 4);
             assert_eq!(setup.freed(), 4);
@@ -543,11 +593,10 @@ mod tests {
 
             let guard = mm.mm().mmap_read_lock();
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
-            let owner = Pool::owner(Some(pool));
+            let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
-            let collected =
-                unsafe { Collected::at(vma, window, owner, Select::Ram, buf.arrays().0) }?;
-            drop(collected.copy_to_device(pool, &mut reservation, &mut || 5u64.into_raw())?);
+            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            drop(collected.copy(&mut reservation, &mut number)?);
             drop(guard);
             drop(reservation);
 
@@ -593,17 +642,46 @@ mod tests {
             // Who looks for pages to evict has their pfns when one of them leaves.
             let mut pfns = [0; WINDOW];
             assert_eq!(setup.pool.pool().oldest(&mut pfns), WINDOW);
-            setup.pool.pool().leave(0);
+            setup.pool.pool().leave([0].into_iter());
             let pool = setup.pool.pool();
             // SAFETY: The pool does not end.
             let evicted = unsafe { evict(pool, &mut pfns, GFP_TRY) };
             assert_eq!(evicted, Ok(WINDOW - 1));
             assert_eq!(setup.home(MigrateReason::Evict), WINDOW as u64 - 1);
-            setup.pool.pool().settle(0);
+            setup.pool.pool().settle([0].into_iter());
             for (n, va) in window.page_addrs().enumerate() {
                 assert!(user_has(va, 1 + n as u8)?);
             }
             assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn pages_that_are_unmapped_while_they_are_evicted_are_freed() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            // The only mapping there is.
+            let va = mm.mmap_anonymous(PAGE_SIZE, Prot::ReadWrite)?;
+            let page = PageRange::from_len(va, PAGE_SIZE)?;
+            user_write(va, 1)?;
+            assert_eq!(setup.migrate_in(page)?, 1);
+            let (mut pfns, mut dst, mut copies) = ([0], [0], [PageCopy::NONE]);
+            assert_eq!(setup.pool.pool().oldest(&mut pfns), 1);
+            let arrays = Arrays {
+                src: &mut pfns,
+                dst: &mut dst,
+                copies: &mut copies,
+            };
+            // SAFETY: The pool does not end.
+            let collected = unsafe { Collected::<ToRam>::pfns(setup.pool.pool(), arrays, 1) };
+            // What was there to find the page table entry by goes, and RCU lets it.
+            let unmapped = mm.munmap(va, PAGE_SIZE);
+            fsleep(Delta::from_millis(100));
+            drop(collected.copy(GFP_TRY, None)?.commit(MigrateReason::Evict));
+            unmapped?;
+            assert_eq!(setup.used(), 0);
+            assert_eq!(setup.freed(), 1);
             Ok(())
         })
     }
@@ -617,6 +695,8 @@ mod tests {
             assert_eq!(setup.migrate_in(none)?, 0);
             assert_eq!(setup.freed(), 0);
             assert_eq!(setup.used(), 0);
+            let read = PageRange::from_len(mm.mmap_anonymous(len, Prot::Read)?, len)?;
+            assert!(setup.migrate_in(read)? > 0);
             Ok(())
         })
     }
@@ -664,10 +744,7 @@ mod tests {
     fn a_write_to_a_read_only_page_of_the_device_is_eperm_and_moves_nothing() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
-            let len = 2 * WINDOW * PAGE_SIZE;
-            let addr = mm.mmap_anonymous(len, Prot::Read)?;
-            let addr = addr.next_multiple_of(WINDOW * PAGE_SIZE);
-            let window = PageRange::from_len(addr, WINDOW * PAGE_SIZE)?;
+            let window = map_aligned(mm, WINDOW, Prot::Read)?;
             assert_eq!(setup.migrate_in(window)?, WINDOW);
             let result = fault(&setup.mirror, window, Access::Write);
             assert_eq!(result, Err(EPERM));
@@ -691,6 +768,62 @@ mod tests {
                 assert_eq!(first_byte(&setup.mirror, va), Some(1));
             }
             assert_eq!(setup.freed(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_buffer_larger_than_a_leaf_is_einval() {
+        let order = FaultBuf::MAX_ORDER;
+        assert_eq!(MigrateBuf::new(order + 1).err(), Some(EINVAL));
+        assert!(MigrateBuf::new(order).is_ok());
+    }
+
+    #[test]
+    fn a_task_of_another_process_is_eperm_and_moves_nothing() -> Result {
+        let mut setup = with_user_mm(|_| Setup::new())?;
+        with_user_mm(|mm| {
+            let window = map_window(mm, Some(1))?;
+            assert_eq!(setup.migrate_in(window), Err(EPERM));
+            assert_eq!(setup.migrate_out(window), Err(EPERM));
+            assert_eq!(setup.used(), 0);
+            assert_eq!(setup.freed(), 0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_mirror_without_memory_has_nothing_to_migrate() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            let migrated = mirror.migrate_to_device(&setup.pool, window, &mut setup.buf, || 1);
+            assert_eq!(migrated.err(), Some(EINVAL));
+            let migrated = mirror.migrate_to_ram(window, &mut setup.buf)?;
+            assert_eq!(migrated.pages(), 0);
+            assert_eq!(setup.used(), WINDOW);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn an_address_that_is_not_the_process_s_is_efault_both_ways() -> Result {
+        with_user_mm(|_| {
+            let mut setup = Setup::new()?;
+            let end = setup.mirror.task_size();
+            let last = usize::MAX - (2 * PAGE_SIZE - 1);
+            for (start, pages) in [(0, 1), (end - PAGE_SIZE, 2), (end, 1), (last, 1)] {
+                let range = PageRange::from_len(start, pages * PAGE_SIZE)?;
+                assert_eq!(setup.migrate_in(range), Err(EFAULT));
+                assert_eq!(setup.migrate_out(range), Err(EFAULT));
+            }
+            assert!(setup.mirror.region(0).is_none());
+            assert_eq!(setup.pool.pool().chunks(), 0);
             Ok(())
         })
     }

@@ -5,8 +5,8 @@
 use super::{
     super::pool::{
         DevicePool,
-        PageData,
-        Pool, //
+        Pool,
+        RawData, //
     },
     device::{
         Counted,
@@ -83,10 +83,11 @@ mod tests {
         let mut value = u64::MAX - 2;
         let mut data = || {
             value += 1;
-            value.into_raw()
+            // SAFETY: The page data is a `u64`.
+            unsafe { RawData::new(value) }
         };
-        let first = reservation.page(&mut data);
-        let second = reservation.page(&mut data);
+        let first = reservation.folio(&mut data);
+        let second = reservation.folio(&mut data);
         assert!(first.is_some() && second.is_some());
         drop(reservation);
         assert_eq!(device.freed.load(Relaxed), 0);
@@ -113,7 +114,9 @@ mod tests {
         )?;
         let mut pfns = numbers(2)?;
         let mut reservation = Pool::reserve(pool.pool(), &mut pfns)?;
-        let page = reservation.page(&mut || PageData::into_raw(counted.clone()));
+        // SAFETY: The page data is an `Arc<Counted>`.
+        let mut data = || unsafe { RawData::new(counted.clone()) };
+        let page = reservation.folio(&mut data);
         drop(counted);
         assert!(page.is_some());
         assert_eq!(dropped.load(Relaxed), 0);

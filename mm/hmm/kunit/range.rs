@@ -4,7 +4,10 @@
 
 use super::super::range::PageRange;
 use kernel::{
-    page::PAGE_SIZE,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
     prelude::*, //
 };
 
@@ -20,7 +23,12 @@ mod tests {
         assert!(PageRange::new(0, PAGE_SIZE + 1) == Err(EINVAL));
         assert!(PageRange::new(PAGE_SIZE, PAGE_SIZE) == Err(EINVAL));
         assert!(PageRange::new(2 * PAGE_SIZE, PAGE_SIZE) == Err(EINVAL));
+        assert!(PageRange::new(0, 0) == Err(EINVAL));
         assert!(PageRange::from_len(PAGE_SIZE, 0) == Err(EINVAL));
+        assert!(PageRange::from_len(1, PAGE_SIZE) == Err(EINVAL));
+        assert!(PageRange::from_len(0, 1) == Err(EINVAL));
+        assert!(PageRange::containing(0, 0) == Err(EINVAL));
+        assert!(PageRange::containing(usize::MAX, 0) == Err(EINVAL));
     }
 
     #[test]
@@ -49,7 +57,11 @@ mod tests {
         let block = PageRange::aligned_block(5 * PAGE_SIZE + 7, 2)?;
         assert_eq!(block.start(), 4 * PAGE_SIZE);
         assert_eq!(block.pages(), 4);
+        let largest = usize::BITS - 2 - PAGE_SHIFT as u32;
+        assert!(PageRange::aligned_block(0, largest).is_ok());
+        assert!(PageRange::aligned_block(0, largest + 1) == Err(EINVAL));
         assert!(PageRange::aligned_block(0, usize::BITS) == Err(EINVAL));
+        assert!(PageRange::aligned_block(0, u32::MAX) == Err(EINVAL));
         assert!(PageRange::aligned_block(LAST_PAGE, 2) == Err(EINVAL));
         Ok(())
     }

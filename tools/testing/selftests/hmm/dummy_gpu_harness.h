@@ -50,6 +50,33 @@ static inline uint64_t gpu_sum(int fd, const void *p, size_t length)
 	return run(fd, gpu_unary(DUMMY_GPU_OP_SUM, &sum, p, length)) ? GPU_UNTOUCHED : sum;
 }
 
+static inline struct dummy_gpu_stats stats_of(struct __test_metadata *_metadata, int fd)
+{
+	struct dummy_gpu_stats stats;
+
+	ASSERT_EQ(0, gpu_stats(fd, &stats));
+	return stats;
+}
+
+/* Nothing ran since, and no page has moved. What mm invalidates is its own affair. */
+static inline void expect_idle(struct __test_metadata *_metadata, int fd,
+			       const struct dummy_gpu_stats *before)
+{
+	struct dummy_gpu_stats now = stats_of(_metadata, fd);
+
+	EXPECT_EQ(before->commands, now.commands);
+	EXPECT_EQ(before->bytes_read, now.bytes_read);
+	EXPECT_EQ(before->bytes_written, now.bytes_written);
+	EXPECT_EQ(before->faults, now.faults);
+	EXPECT_EQ(before->windows, now.windows);
+	EXPECT_EQ(before->retries, now.retries);
+	EXPECT_EQ(before->pages_to_device, now.pages_to_device);
+	EXPECT_EQ(before->pages_touched, now.pages_touched);
+	EXPECT_EQ(before->pages_evicted, now.pages_evicted);
+	EXPECT_EQ(before->pages_to_system, now.pages_to_system);
+	EXPECT_EQ(before->device_pages, now.device_pages);
+}
+
 static inline void *map(size_t length, int prot)
 {
 	return mmap(NULL, length, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -113,6 +140,86 @@ static inline int setup_device(struct __test_metadata *_metadata)
 	return fd;
 }
 
+static inline void setup_vram(struct __test_metadata *_metadata, int *fd, size_t *size,
+			      uint64_t **result)
+{
+	struct dummy_gpu_info info;
+
+	*fd = setup_device(_metadata);
+	if (*fd < 0)
+		return;
+	*result = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	ASSERT_NE(MAP_FAILED, *result);
+	ASSERT_EQ(0, gpu_info(*fd, &info));
+	*size = info.vram_size;
+	if (!info.vram_size)
+		SKIP(return, GPU_DEVICE " has no memory of its own");
+	/* Less than this, and the tests would test eviction only. */
+	ASSERT_LE(8UL << 20, *size);
+}
+
+/* A read and a write of the CPU that happen. */
+static inline uint8_t cpu_load(const uint8_t *p)
+{
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline void cpu_store(uint8_t *p, uint8_t value)
+{
+	__atomic_store_n(p, value, __ATOMIC_RELAXED);
+}
+
+/* Prefetches all of a range: the pages that moved, or a negative errno. */
+static inline int64_t prefetch_all(int fd, const void *p, size_t length, enum dummy_gpu_place place)
+{
+	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, place);
+	int err = gpu_prefetch(fd, &prefetch);
+
+	if (err)
+		return err;
+	return prefetch.done == length ? (int64_t)prefetch.pages : -EPROTO;
+}
+
+/* A counter of instance n, or -1 without debugfs. */
+static inline int64_t instance_counter(unsigned int n, const char *name)
+{
+	const size_t length = strlen(name);
+	long long value = -1;
+	char path[60], line[100];
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/dummy_gpu/dummy_gpu%u/stats", n);
+	f = fopen(path, "re");
+	while (f && fgets(line, sizeof(line), f)) {
+		if (!strncmp(line, name, length) && sscanf(line + length, " %lld", &value) == 1)
+			break;
+	}
+	if (f)
+		fclose(f);
+	return value;
+}
+
+/* The pages in the memory of instance n now, of all processes, or -1 without debugfs. */
+static inline int64_t instance_pages_of(unsigned int n)
+{
+	return instance_counter(n, "device_pages");
+}
+
+static inline int64_t instance_pages(void)
+{
+	return instance_pages_of(0);
+}
+
+/* Whether the instance gets to have that many pages, once all that has ended is gone. */
+static inline bool instance_pages_become(int64_t pages)
+{
+	struct timespec tick = { .tv_nsec = 10 * 1000 * 1000 };
+
+	for (int i = 0; i < 500 && instance_pages() != pages; i++)
+		nanosleep(&tick, NULL);
+	return instance_pages() == pages;
+}
+
 static inline int uffd_open(void)
 {
 	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
@@ -131,6 +238,40 @@ static inline int uffd_register(int fd, void *p, size_t length)
 	if (ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &reg))
 		return -errno;
 	return 0;
+}
+
+/* One who serves a userfaultfd, once. */
+struct server {
+	int uffd;
+	uint8_t *page;		/* what the first fault gets, or NULL: nothing */
+	int pipe;		/* told about the fault */
+	uint64_t address;
+	int err;
+};
+
+static inline void *serve_thread(void *arg)
+{
+	struct server *server = arg;
+	struct uffd_msg msg;
+
+	server->err = -EIO;
+	if (read(server->uffd, &msg, sizeof(msg)) != sizeof(msg))
+		return NULL;
+	server->address = msg.arg.pagefault.address & -page;
+	if (token_send(server->pipe))
+		return NULL;
+	if (server->page) {
+		struct uffdio_copy copy = {
+			.dst = server->address,
+			.src = gpu_addr(server->page),
+			.len = page,
+		};
+
+		if (ioctl(server->uffd, UFFDIO_COPY, &copy))
+			return NULL;
+	}
+	server->err = 0;
+	return NULL;
 }
 
 #endif /* DUMMY_GPU_HARNESS_H */

@@ -493,6 +493,7 @@ TEST_F(uapi, struct_flags)
 
 TEST_F(uapi, struct_address)
 {
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
 	struct dummy_gpu_command command = gpu_fill(self->p, 0xee, page);
 	uint64_t words[2 * MAX_SIZE / 8];
 
@@ -503,6 +504,7 @@ TEST_F(uapi, struct_address)
 
 		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, NULL));
 		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, (void *)KERNEL_ADDRESS));
+		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, (void *)-8UL));
 
 		/* All but the last word can be read. */
 		prepare(words, e, &command, e->known);
@@ -511,6 +513,39 @@ TEST_F(uapi, struct_address)
 		EXPECT_EQ(e->known - 8, cpu_differs(edge, words, e->known - 8));
 	}
 	EXPECT_EQ(page, cpu_unlike(self->p, 0, page));
+	expect_idle(_metadata, self->fd, &before);
+}
+
+/* What could not be told does not happen. */
+TEST_F(uapi, struct_read_only)
+{
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
+	struct dummy_gpu_command command = gpu_fill(self->p, 0xee, page);
+	uint8_t *last = self->p + 15 * page, *edge;
+	uint64_t words[2 * MAX_SIZE / 8];
+
+	for (size_t i = 0; i < ARRAY_SIZE(extensible); i++) {
+		const struct extensible *e = &extensible[i];
+
+		prepare(words, e, &command, e->known);
+		ASSERT_EQ(0, mprotect(last, page, PROT_READ | PROT_WRITE));
+		memcpy(last, words, e->known);
+		ASSERT_EQ(0, mprotect(last, page, PROT_READ));
+		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, last)) TH_LOG("ioctl %zu", i);
+		EXPECT_EQ(e->known, cpu_differs(last, words, e->known));
+
+		/* The same if only the last word is. ADVISE writes to the first alone. */
+		if (e->request == DUMMY_GPU_IOC_ADVISE)
+			continue;
+		edge = last - e->known + 8;
+		ASSERT_EQ(0, mprotect(last, page, PROT_READ | PROT_WRITE));
+		memcpy(edge, words, e->known);
+		ASSERT_EQ(0, mprotect(last, page, PROT_READ));
+		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, edge)) TH_LOG("ioctl %zu", i);
+		EXPECT_EQ(words[e->known / 8 - 1], *(uint64_t *)last);
+	}
+	EXPECT_EQ(page, cpu_unlike(self->p, 0, page));
+	expect_idle(_metadata, self->fd, &before);
 }
 
 /*
@@ -526,6 +561,7 @@ struct bad_command {
 static void expect_bad(struct __test_metadata *_metadata, int fd, uint8_t *p,
 		       const struct bad_command *bad, size_t count)
 {
+	const struct dummy_gpu_stats before = stats_of(_metadata, fd);
 	const size_t length = 16 * page;
 
 	ASSERT_NE(0, count);
@@ -545,6 +581,7 @@ static void expect_bad(struct __test_metadata *_metadata, int fd, uint8_t *p,
 			memset(p, 0x77, length);
 		}
 	}
+	expect_idle(_metadata, fd, &before);
 }
 
 /* A command that differs from a good one in the given fields. */
@@ -665,6 +702,9 @@ TEST_F(uapi, command_address)
 {
 	const uint64_t a = gpu_addr(self->p), b = a + page, c = b + page, n = 64;
 	const uint64_t k = KERNEL_ADDRESS, w = -(uint64_t)page;
+	/* The stack is at the end of the address space: nothing is as long as what is behind it. */
+	const uint64_t top = gpu_addr(__builtin_frame_address(0)) & -8ULL;
+	const uint64_t far = self->info.max_length;
 	const struct bad_command bad[] = {
 		{ "FILL: kernel", CMD(FILL, .dst = k, .length = n), -EFAULT },
 		{ "COPY: kernel dst", CMD(COPY, .dst = k, .src = a, .length = n), -EFAULT },
@@ -676,6 +716,9 @@ TEST_F(uapi, command_address)
 		{ "SUM: kernel dst", CMD(SUM, .dst = k, .src = a, .length = n), -EFAULT },
 		{ "CRC32: kernel dst", CMD(CRC32, .dst = k, .src = a, .length = n), -EFAULT },
 		{ "HISTOGRAM: kernel dst", CMD(HISTOGRAM, .dst = k, .src = a, .length = n),
+		  -EFAULT },
+		{ "SUM: into the kernel", CMD(SUM, .dst = c, .src = top, .length = far), -EFAULT },
+		{ "CRC32: into the kernel", CMD(CRC32, .dst = c, .src = top, .length = far),
 		  -EFAULT },
 		{ "FILL: wraps", CMD(FILL, .dst = w, .length = 2 * page), -EINVAL },
 		{ "COPY: dst wraps", CMD(COPY, .dst = w, .src = a, .length = 2 * page), -EINVAL },
@@ -692,6 +735,7 @@ TEST_F(uapi, command_address)
 
 TEST_F(uapi, submit_count)
 {
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
 	uint64_t max = self->info.max_commands;
 	struct dummy_gpu_command *commands;
 	struct dummy_gpu_submit submit;
@@ -710,6 +754,7 @@ TEST_F(uapi, submit_count)
 		EXPECT_EQ(0, submit.fault_address);
 	}
 	EXPECT_EQ(page, cpu_unlike(self->p, 0, page));
+	expect_idle(_metadata, self->fd, &before);
 
 	submit = gpu_submission(commands, max);
 	EXPECT_EQ(0, gpu_submit(self->fd, &submit));
@@ -738,6 +783,7 @@ TEST_F(uapi, command_size)
 		{ .command = gpu_fill(self->p, 0xaa, page) },
 		{ .command = gpu_fill(self->p + page, 0xbb, page) },
 	};
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
 	struct dummy_gpu_submit submit;
 
 	for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
@@ -760,6 +806,7 @@ TEST_F(uapi, command_size)
 		commands[1].later[i] = 0;
 	}
 	EXPECT_EQ(2 * page, cpu_unlike(self->p, 0, 2 * page));
+	expect_idle(_metadata, self->fd, &before);
 
 	/* And one that is not. */
 	submit = gpu_submission(&commands[0].command, 2);
@@ -773,6 +820,7 @@ TEST_F(uapi, command_size)
 TEST_F(uapi, commands_address)
 {
 	struct dummy_gpu_command command = gpu_fill(self->p, 0xee, page), *edge;
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
 	struct dummy_gpu_submit submit;
 
 	ASSERT_EQ(0, munmap(self->p + 2 * page, page));
@@ -797,6 +845,7 @@ TEST_F(uapi, commands_address)
 		EXPECT_EQ(0, submit.fault_address);
 	}
 	EXPECT_EQ(page, cpu_unlike(self->p, 0, page));
+	expect_idle(_metadata, self->fd, &before);
 }
 
 TEST_F(uapi, size_written_back)
@@ -857,6 +906,16 @@ TEST_F(uapi, size_written_back_for_memory)
 	EXPECT_EQ(sizeof(larger.prefetch), larger.prefetch.size);
 	EXPECT_EQ(0, larger.prefetch.done);
 	EXPECT_EQ(0, larger.prefetch.pages);
+
+	/* ADVISE has no other output: where a check fails there is nothing to tell. */
+	advice.advise.policy = 3;
+	EXPECT_EQ(-EINVAL, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &advice));
+	EXPECT_EQ(sizeof(advice), advice.advise.size);
+	advice.advise.policy = DUMMY_GPU_POLICY_NONE;
+	advice.advise.start = KERNEL_ADDRESS;
+	EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &advice));
+	EXPECT_EQ(sizeof(advice), advice.advise.size);
+	advice.advise.start = gpu_addr(self->p);
 
 	EXPECT_EQ(0, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &advice));
 	EXPECT_EQ(sizeof(advice.advise), advice.advise.size);
@@ -1763,39 +1822,6 @@ TEST_F(svm, signals)
  * Memory whose faults user space serves: the only waits that user space can make
  * as long as it likes.
  */
-struct server {
-	int uffd;
-	uint8_t *page;		/* what the first fault gets, or NULL: nothing */
-	int pipe;		/* told about the fault */
-	uint64_t address;
-	int err;
-};
-
-static void *serve_thread(void *arg)
-{
-	struct server *server = arg;
-	struct uffd_msg msg;
-
-	server->err = -EIO;
-	if (read(server->uffd, &msg, sizeof(msg)) != sizeof(msg))
-		return NULL;
-	server->address = msg.arg.pagefault.address & -page;
-	if (token_send(server->pipe))
-		return NULL;
-	if (server->page) {
-		struct uffdio_copy copy = {
-			.dst = server->address,
-			.src = gpu_addr(server->page),
-			.len = page,
-		};
-
-		if (ioctl(server->uffd, UFFDIO_COPY, &copy))
-			return NULL;
-	}
-	server->err = 0;
-	return NULL;
-}
-
 TEST_F(svm, userfault_served)
 {
 	uint8_t *p = map(page, PROT_READ | PROT_WRITE);
@@ -1824,10 +1850,11 @@ TEST_F(svm, userfault_served)
 }
 
 /*
- * A child whose command waits for a page that never comes: returns when the
- * device has faulted, so nothing but a signal ends the wait.
+ * A child whose first command waits for a page that never comes: returns when
+ * the device has faulted, so nothing but a signal ends the wait. A second
+ * command would write to @next.
  */
-static pid_t stuck_child(void *p)
+static pid_t stuck_child(void *p, void *next)
 {
 	int fault[2];
 	pid_t pid;
@@ -1837,6 +1864,11 @@ static pid_t stuck_child(void *p)
 	pid = fork();
 	if (!pid) {
 		struct server server = { .uffd = uffd_open(), .pipe = fault[1] };
+		struct dummy_gpu_command commands[] = {
+			gpu_fill(p, 1, page),
+			gpu_fill(next, 1, page),
+		};
+		struct dummy_gpu_submit submit = gpu_submission(commands, 2);
 		int fd = gpu_open(GPU_DEVICE);
 		pthread_t thread;
 
@@ -1844,7 +1876,7 @@ static pid_t stuck_child(void *p)
 			_exit(1);
 		if (pthread_create(&thread, NULL, serve_thread, &server))
 			_exit(2);
-		run(fd, gpu_fill(p, 1, page));
+		gpu_submit(fd, &submit);
 		_exit(3);
 	}
 	close(fault[1]);
@@ -1856,6 +1888,8 @@ static pid_t stuck_child(void *p)
 
 TEST_F(svm, userfault_killed)
 {
+	uint8_t *shared = mmap(NULL, page, PROT_READ | PROT_WRITE,
+			       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	uint8_t *p = map(page, PROT_READ | PROT_WRITE);
 	int uffd = uffd_open(), status;
 	pid_t pid;
@@ -1864,7 +1898,8 @@ TEST_F(svm, userfault_killed)
 		SKIP(return, "no userfaultfd: %s", strerror(-uffd));
 	close(uffd);
 	ASSERT_NE(MAP_FAILED, p);
-	pid = stuck_child(p);
+	ASSERT_NE(MAP_FAILED, shared);
+	pid = stuck_child(p, shared);
 	ASSERT_LT(0, pid);
 
 	usleep(50 * 1000);
@@ -1874,6 +1909,9 @@ TEST_F(svm, userfault_killed)
 	ASSERT_NE(-1, status);
 	EXPECT_TRUE(WIFSIGNALED(status));
 	EXPECT_EQ(SIGKILL, WTERMSIG(status));
+
+	/* What came after it in the submission did not run. */
+	EXPECT_EQ(page, cpu_unlike(shared, 0, page));
 
 	/* The device is free for others. */
 	EXPECT_EQ(0, run(self->fd, gpu_fill(p, 2, page)));
@@ -1891,7 +1929,7 @@ TEST_F(svm, userfault_bystander)
 		SKIP(return, "no userfaultfd: %s", strerror(-uffd));
 	close(uffd);
 	ASSERT_NE(MAP_FAILED, p);
-	pid = stuck_child(p);
+	pid = stuck_child(p, p);
 	ASSERT_LT(0, pid);
 
 	EXPECT_EQ(0, run(self->fd, gpu_fill(p, 3, page)));

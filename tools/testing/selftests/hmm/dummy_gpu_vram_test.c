@@ -21,24 +21,6 @@ FIXTURE(vram)
 	uint64_t *result;
 };
 
-static void setup_vram(struct __test_metadata *_metadata, int *fd, size_t *size,
-		       uint64_t **result)
-{
-	struct dummy_gpu_info info;
-
-	*fd = setup_device(_metadata);
-	if (*fd < 0)
-		return;
-	*result = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	ASSERT_NE(MAP_FAILED, *result);
-	ASSERT_EQ(0, gpu_info(*fd, &info));
-	*size = info.vram_size;
-	if (!info.vram_size)
-		SKIP(return, GPU_DEVICE " has no memory of its own");
-	/* Less than this, and the tests would test eviction only. */
-	ASSERT_LE(8UL << 20, *size);
-}
-
 FIXTURE_SETUP(vram)
 {
 	setup_vram(_metadata, &self->fd, &self->size, &self->result);
@@ -56,25 +38,6 @@ static uint64_t sum_of(uint8_t value, size_t length)
 	return length / 8 * (value * 0x0101010101010101ULL);
 }
 
-static struct dummy_gpu_stats stats_of(struct __test_metadata *_metadata, int fd)
-{
-	struct dummy_gpu_stats stats;
-
-	ASSERT_EQ(0, gpu_stats(fd, &stats));
-	return stats;
-}
-
-/* A read and a write of the CPU that happen. */
-static uint8_t cpu_load(const uint8_t *p)
-{
-	return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
-
-static void cpu_store(uint8_t *p, uint8_t value)
-{
-	__atomic_store_n(p, value, __ATOMIC_RELAXED);
-}
-
 /* New memory, in the device's memory, filled by the device. */
 static uint8_t *map_filled(struct __test_metadata *_metadata, int fd, size_t length,
 			   uint8_t value)
@@ -86,43 +49,6 @@ static uint8_t *map_filled(struct __test_metadata *_metadata, int fd, size_t len
 	ASSERT_EQ(0, run(fd, gpu_fill(p, value, length)));
 	ASSERT_EQ(before + length / page, stats_of(_metadata, fd).device_pages);
 	return p;
-}
-
-/* Prefetches all of a range: the pages that moved, or a negative errno. */
-static int64_t prefetch_all(int fd, const void *p, size_t length, enum dummy_gpu_place place)
-{
-	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, place);
-	int err = gpu_prefetch(fd, &prefetch);
-
-	if (err)
-		return err;
-	return prefetch.done == length ? (int64_t)prefetch.pages : -EPROTO;
-}
-
-/* The pages in an instance's memory now, of all processes, or -1 without debugfs. */
-static int64_t instance_pages(void)
-{
-	FILE *f = fopen("/sys/kernel/debug/dummy_gpu/dummy_gpu0/stats", "re");
-	long long value = -1;
-	char line[100];
-
-	while (f && fgets(line, sizeof(line), f)) {
-		if (sscanf(line, "device_pages %lld", &value) == 1)
-			break;
-	}
-	if (f)
-		fclose(f);
-	return value;
-}
-
-/* Whether the instance gets to have that many pages, once all that has ended is gone. */
-static bool instance_pages_become(int64_t pages)
-{
-	struct timespec tick = { .tv_nsec = 10 * 1000 * 1000 };
-
-	for (int i = 0; i < 500 && instance_pages() != pages; i++)
-		nanosleep(&tick, NULL);
-	return instance_pages() == pages;
 }
 
 /* The sum as the device sees it, which no stack is needed for. */
@@ -361,6 +287,31 @@ TEST_F(vram, policy_ranges)
 	munmap(p, length);
 }
 
+/* What is mapped along with other memory has its own policy nevertheless. */
+TEST_F(vram, policy_of_neighbours)
+{
+	const size_t length = 16 * page, window = 2UL << 20;
+	uint8_t *space = map(2 * window, PROT_READ | PROT_WRITE);
+	uint8_t *p = (uint8_t *)((gpu_addr(space) + window - 1) & -window), *q = p + length;
+
+	/* In one window: p is to be in RAM, q in the memory of the device. Both are in RAM. */
+	ASSERT_NE(MAP_FAILED, space);
+	memset(p, 1, 2 * length);
+	ASSERT_EQ(0, gpu_advise(self->fd, p, length, DUMMY_GPU_POLICY_SYSTEM));
+	EXPECT_EQ(sum_of(1, length), vram_sum(self->fd, self->result, p, length));
+	EXPECT_EQ(sum_of(1, length), vram_sum(self->fd, self->result, q, length));
+	EXPECT_EQ(length / page, stats_of(_metadata, self->fd).device_pages);
+
+	/* And the other way round: both are on the device, as if they had just come there. */
+	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	ASSERT_EQ(0, mprotect(p, 2 * length, PROT_READ));
+	EXPECT_EQ(sum_of(1, length), vram_sum(self->fd, self->result, q, length));
+	EXPECT_EQ(sum_of(1, length), vram_sum(self->fd, self->result, p, length));
+	EXPECT_EQ(length / page, stats_of(_metadata, self->fd).pages_to_system);
+	EXPECT_EQ(length / page, stats_of(_metadata, self->fd).device_pages);
+	munmap(space, 2 * window);
+}
+
 /* A policy is of addresses, not of what is mapped there, and of one open file. */
 TEST_F(vram, policy_of_file)
 {
@@ -388,6 +339,17 @@ TEST_F(vram, policy_too_many)
 {
 	const size_t max = 1024, length = (2 * max + 6) * page;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE), *q = p + 4 * page;
+	struct {
+		struct dummy_gpu_advise advise;
+		uint64_t later;
+	} larger = {
+		.advise = {
+			.size = sizeof(larger),
+			.start = gpu_addr(p + page),
+			.length = page,
+			.policy = DUMMY_GPU_POLICY_DEVICE,
+		},
+	};
 
 	ASSERT_NE(MAP_FAILED, p);
 	ASSERT_EQ(0, gpu_advise(self->fd, p, 3 * page, DUMMY_GPU_POLICY_SYSTEM));
@@ -396,7 +358,8 @@ TEST_F(vram, policy_too_many)
 
 	/* No new one, and no cut in two: and nothing has changed. */
 	EXPECT_EQ(-ENOSPC, gpu_advise(self->fd, q, page, DUMMY_GPU_POLICY_SYSTEM));
-	EXPECT_EQ(-ENOSPC, gpu_advise(self->fd, p + page, page, DUMMY_GPU_POLICY_DEVICE));
+	EXPECT_EQ(-ENOSPC, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &larger));
+	EXPECT_EQ(sizeof(larger.advise), larger.advise.size);
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 1, 3 * page)));
 	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_to_device);
 	ASSERT_EQ(0, run(self->fd, gpu_fill(q - 2 * page, 1, 3 * page)));
@@ -559,6 +522,8 @@ TEST_F(vram, prefetch_frees_memory)
 	before = cpu_free_memory();
 	if (!before)
 		SKIP(return, "no MemFree in /proc/meminfo");
+	if (!access("/sys/kernel/debug/kmemleak", F_OK))
+		SKIP(return, "the kernel keeps freed memory back");
 	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
 	after = cpu_free_memory();
 	EXPECT_LE(before + length / 4 * 3, after);
@@ -620,6 +585,7 @@ TEST_F(vram, prefetch_bad)
 {
 	uint8_t *p = map_filled(_metadata, self->fd, 2 * page, 0x3b);
 	const uint64_t a = gpu_addr(p), k = KERNEL_ADDRESS;
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
 	struct dummy_gpu_info info;
 
 	ASSERT_EQ(0, gpu_info(self->fd, &info));
@@ -655,8 +621,124 @@ TEST_F(vram, prefetch_bad)
 		EXPECT_EQ(0, prefetch.done) TH_LOG("%s", bad[i].what);
 		EXPECT_EQ(0, prefetch.pages) TH_LOG("%s", bad[i].what);
 	}
-	EXPECT_EQ(2, stats_of(_metadata, self->fd).device_pages);
+	expect_idle(_metadata, self->fd, &before);
 	EXPECT_EQ(2 * page, cpu_unlike(p, 0x3b, 2 * page));
+	munmap(p, 2 * page);
+}
+
+/* Memory that nobody may access stays where it is. */
+TEST_F(vram, prefetch_prot_none)
+{
+	const size_t length = 4 * page;
+	uint8_t *p = map_filled(_metadata, self->fd, length, 0x3c);
+	uint8_t *q = map(length, PROT_READ | PROT_WRITE);
+	struct dummy_gpu_stats before;
+
+	ASSERT_NE(MAP_FAILED, q);
+	memset(q, 0x3d, length);
+	ASSERT_EQ(0, mprotect(p, length, PROT_NONE));
+	ASSERT_EQ(0, mprotect(q, length, PROT_NONE));
+	before = stats_of(_metadata, self->fd);
+	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
+	EXPECT_EQ(0, prefetch_all(self->fd, q, length, DUMMY_GPU_PLACE_DEVICE));
+	expect_idle(_metadata, self->fd, &before);
+
+	ASSERT_EQ(0, mprotect(p, length, PROT_READ));
+	ASSERT_EQ(0, mprotect(q, length, PROT_READ));
+	EXPECT_EQ(length, cpu_unlike(p, 0x3c, length));
+	EXPECT_EQ(length, cpu_unlike(q, 0x3d, length));
+	munmap(p, length);
+	munmap(q, length);
+}
+
+/*
+ * Structures that no ioctl takes, with a range of pages in the device's memory:
+ * none moves, and no policy is set. Both structures have their fields in one
+ * order.
+ */
+TEST_F(vram, struct_bad)
+{
+	const struct {
+		unsigned long request;
+		uint64_t size, which;
+	} ioctls[] = {
+		{ DUMMY_GPU_IOC_PREFETCH, sizeof(struct dummy_gpu_prefetch),
+		  DUMMY_GPU_PLACE_SYSTEM },
+		{ DUMMY_GPU_IOC_ADVISE, sizeof(struct dummy_gpu_advise),
+		  DUMMY_GPU_POLICY_SYSTEM },
+	};
+	uint8_t *p = map_filled(_metadata, self->fd, 2 * page, 0x3e);
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
+	uint64_t *words = map(page, PROT_READ | PROT_WRITE);
+
+	ASSERT_NE(MAP_FAILED, words);
+	for (size_t i = 0; i < ARRAY_SIZE(ioctls); i++) {
+		const uint64_t size = ioctls[i].size;
+		const struct {
+			uint64_t size, flags, rest;
+			int err;
+		} bad[] = {
+			{ 0, 0, 0, -EINVAL },
+			{ size - 8, 0, 0, -EINVAL },
+			{ size + 4, 0, 0, -EINVAL },
+			{ 4096 + 8, 0, 0, -E2BIG },
+			{ size, 1, 0, -EINVAL },
+			{ size, 1ULL << 63, 0, -EINVAL },
+			{ size + 8, 0, 1, -E2BIG },
+			{ size, 0, 0, -EFAULT },
+		};
+
+		for (size_t j = 0; j < ARRAY_SIZE(bad); j++) {
+			memset(words, 0, page);
+			words[0] = bad[j].size;
+			words[1] = bad[j].flags;
+			words[2] = gpu_addr(p);
+			words[3] = 2 * page;
+			words[4] = ioctls[i].which;
+			words[size / 8] = bad[j].rest;
+			/* The last is one that cannot be written. */
+			if (bad[j].err == -EFAULT)
+				ASSERT_EQ(0, mprotect(words, page, PROT_READ));
+			EXPECT_EQ(bad[j].err, gpu_ioctl(self->fd, ioctls[i].request, words))
+				TH_LOG("ioctl %zu, case %zu", i, j);
+			EXPECT_EQ(bad[j].size, words[0]);
+			ASSERT_EQ(0, mprotect(words, page, PROT_READ | PROT_WRITE));
+		}
+	}
+	expect_idle(_metadata, self->fd, &before);
+
+	/* The CPU takes the pages, and the device gets them back. */
+	EXPECT_EQ(2 * page, cpu_unlike(p, 0x3e, 2 * page));
+	EXPECT_EQ(sum_of(0x3e, 2 * page), vram_sum(self->fd, self->result, p, 2 * page));
+	EXPECT_EQ(2, stats_of(_metadata, self->fd).device_pages);
+	munmap(words, page);
+	munmap(p, 2 * page);
+}
+
+/* A file that was opened by another: the pages stay, and so does the opener's policy. */
+TEST_F(vram, inherited_file)
+{
+	uint8_t *p = map_filled(_metadata, self->fd, 2 * page, 0x3f);
+	struct dummy_gpu_stats before;
+	pid_t pid;
+
+	before = stats_of(_metadata, self->fd);
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		if (prefetch_all(self->fd, p, 2 * page, DUMMY_GPU_PLACE_SYSTEM) != -EPERM)
+			_exit(1);
+		if (gpu_advise(self->fd, p, 2 * page, DUMMY_GPU_POLICY_SYSTEM) != -EPERM)
+			_exit(2);
+		if (run(self->fd, gpu_fill(p, 0, page)) != -EPERM)
+			_exit(3);
+		_exit(0);
+	}
+	EXPECT_EQ(0, wait_child(pid, 10));
+	expect_idle(_metadata, self->fd, &before);
+	EXPECT_EQ(2 * page, cpu_unlike(p, 0x3f, 2 * page));
+	EXPECT_EQ(sum_of(0x3f, 2 * page), vram_sum(self->fd, self->result, p, 2 * page));
+	EXPECT_EQ(2, stats_of(_metadata, self->fd).device_pages);
 	munmap(p, 2 * page);
 }
 
@@ -664,6 +746,7 @@ TEST_F(vram, advise_bad)
 {
 	uint8_t *p = map(2 * page, PROT_READ | PROT_WRITE);
 	const uint64_t a = gpu_addr(p), k = KERNEL_ADDRESS, system = DUMMY_GPU_POLICY_SYSTEM;
+	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
 	const struct bad_range bad[] = {
 		{ "length 0", a, 0, system, -EINVAL },
 		{ "length 1", a, 1, system, -EINVAL },
@@ -693,7 +776,8 @@ TEST_F(vram, advise_bad)
 			TH_LOG("%s", bad[i].what);
 	}
 
-	/* None of them has set a policy. */
+	/* None of them has moved a page or set a policy. */
+	expect_idle(_metadata, self->fd, &before);
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 1, 2 * page)));
 	EXPECT_EQ(2, stats_of(_metadata, self->fd).device_pages);
 	munmap(p, 2 * page);
@@ -1055,7 +1139,7 @@ TEST_F(vram, killed_in_command)
 TEST_F(vram, file_closed)
 {
 	const size_t pages = 64, length = pages * page;
-	int64_t before = instance_pages();
+	int64_t before = instance_pages(), mapped = instance_counter(0, "pages_mapped");
 	int fd = gpu_open(GPU_DEVICE);
 	uint8_t *p;
 
@@ -1064,6 +1148,8 @@ TEST_F(vram, file_closed)
 	ASSERT_EQ(0, close(fd));
 	if (before >= 0)
 		EXPECT_EQ(before + (int64_t)pages, instance_pages());
+	/* Its entries in a page table are gone with it. */
+	EXPECT_EQ(mapped, instance_counter(0, "pages_mapped"));
 	EXPECT_EQ(4 * page, cpu_unlike(p, 0x91, 4 * page));
 
 	/* Another file finds it there. */

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0
+"""`make debug`: KUnit and the selftests under the kernel's checkers, each of which first finds a
+bug that is planted for it."""
+
+import glob
+import os
+import re
+
+from common import HERE, Failure, logfile, read, run, write
+from prove import diff_of
+
+PLANTED = os.path.join(HERE, "planted")
+KERNEL = "debug"
+SMP = ("ncpus=2", "seccomp=on")     # UML has a second CPU with both only
+TIMEOUT = 900
+ROUNDS = "DUMMY_GPU_ROUNDS=10"      # of dummy_gpu_life_test; the kernel hands it to init
+
+# What a checker, or lockdep that gives up, leaves in the log. Not all of them panic.
+REPORT = re.compile(r"BUG:|WARNING:|KASAN:|UBSAN:|DEBUG_LOCKS_WARN_ON|VM_(BUG|WARN)_ON"
+                    r"|INFO: (possible|trying|rcu|task|lockdep)|suspicious RCU usage"
+                    r"|turning off the locking correctness validator")
+
+
+def debug_kernel(kernels):
+    """KUnit's suites and the driver as a module in one kernel, with all checkers."""
+    return kernels.build(KERNEL, kernels.kunitconfig(), HERE + "/um.config", HERE + "/debug.config")
+
+
+def boot(kernels, program, name, out, args=(), extra=()):
+    """Returns (status, log). Two CPUs and a lockdep that is at work are asserted."""
+    with open(out, "wb") as f:
+        status = kernels.boot(program, args, out=f, err=f, name=name, timeout=TIMEOUT, extra=SMP + tuple(extra),
+                              kernel=KERNEL)
+    log = logfile(name)
+    text = read(log)
+    if not re.search(r"smp: Brought up 1 node, 2 CPUs", text):
+        raise Failure("it ran on one CPU", log)
+    return status, text
+
+
+def leaks(text):
+    """What kmemleak has found, but for what was allocated before there was a process: that is of
+    mainline's boot (a rootfs on nullfs has the options of one that it replaced)."""
+    objects = re.split(r"^(?=unreferenced object )", text.partition("== kmemleak\n")[2], flags=re.M)
+    return [o for o in objects if o.startswith("unreferenced") and not re.search(r'comm "swapper/0", pid 0,', o)]
+
+
+def clean(text, log):
+    """Whether the checkers were there to the end, and said nothing."""
+    found = [l for l in text.partition("== kmemleak\n")[0].splitlines() if REPORT.search(l)] + leaks(text)
+    if found:
+        raise Failure("%d reports, the first: %s" % (len(found), found[0].strip()), log)
+    if not re.search(r"^ debug_locks: +1$", text, re.M):
+        raise Failure("lockdep was off at the end", log)
+    if "== kmemleak\n" not in text:
+        raise Failure("kmemleak was not asked", log)
+
+
+def nothing(kernels):
+    """A program that does nothing, for what runs in the kernel."""
+    path = os.path.join(kernels.dir("init"), "nothing")
+    if not os.path.exists(path):
+        write(path + ".c", "int main(void)\n{\n\treturn 0;\n}\n")
+        run([kernels.tc.cc, "-static", "-O2", "-o", path, path + ".c"], "build-init", what="the build of nothing")
+    return path
+
+
+def kunit_results(kernels, text):
+    """Those of the built-in suites and then those of each module: a KTAP document each."""
+    parts = re.split(r"^(?:\[[^]]*\] )?(?=KTAP version 1$)", text, flags=re.M)[1:]
+    results = []
+    for part in parts or [""]:
+        path = logfile("debug-ktap")
+        write(path, part)
+        results += [(name.split(".", 1)[1], status) for name, status in kernels.parse_ktap(path, "KUnit")]
+    return results
+
+
+def planted(tally, base, head, kernels, worktree):
+    """One build with all of them, and a boot for each with only the test that gets there."""
+    files = sorted(glob.glob(PLANTED + "/*.diff"))
+    with tally.test("debug: the kernel builds with %d planted bugs" % len(files)):
+        src = worktree(base, "src", head)
+        for path in files:
+            if run(["git", "-C", src, "apply", path], "planted", check=False):
+                raise Failure("%s does not apply" % path, logfile("planted"))
+        debug_kernel(kernels)
+    for path in files:
+        name = os.path.basename(path)[:-5]
+        prose, tests = diff_of(path)
+        with tally.test("debug: %s is found" % name):
+            says = re.search(r"^Says: (.*)$", prose, re.M)
+            if len(tests) != 1 or not says:
+                raise Failure("%s names no test, or not what is to be said (Test:, Says:)" % path)
+            log = logfile("debug-planted-" + name)
+            try:
+                boot(kernels, nothing(kernels), "debug-planted-" + name, logfile("debug-output"),
+                     extra=["kunit.filter_glob=" + tests[0]] + ["kmemleak=off"] * (name != "kmemleak"))
+            except Failure as e:
+                if e.status != 125:      # a report may end in a panic
+                    raise
+            text = read(log)
+            if not re.search(says.group(1), "\n".join(leaks(text)) if name == "kmemleak" else text):
+                raise Failure("%s: the kernel does not say %r" % (tests[0], says.group(1)), log)
+    worktree(base, "src", head)
+
+
+def debug(tally, base, head, kernels, worktree):
+    planted(tally, base, head, kernels, worktree)
+    with tally.test("debug: the kernel and the programs build"):
+        debug_kernel(kernels)
+        directory, names = kernels.programs()
+        nothing(kernels)
+    runs = [("KUnit", nothing(kernels), ("kunit.enable=1",))]
+    runs += [("selftest " + n, os.path.join(directory, n), ("kunit.enable=0", ROUNDS)) for n in names]
+    for what, program, extra in runs:
+        name = "debug-" + what.replace(" ", "-")
+        out, log, results = logfile(name + "-output"), logfile(name), []
+        with tally.test("debug: " + what):
+            status, text = boot(kernels, program, name, out, extra=extra)
+            kunit = what == "KUnit"
+            results = kunit_results(kernels, text) if kunit else kernels.parse_ktap(out, os.path.basename(program))
+            clean(text, log)
+            if status not in (0, 4) and all(s in ("PASS", "SKIP") for _, s in results):
+                raise Failure("it ended with status %d" % status, out)
+        for test, result in results:
+            tally.add("debug:" + ("kunit:" if kunit else "selftest:") + test, result)

@@ -1,0 +1,1567 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Tests of the dummy GPU over the life of what it works with: processes that end,
+ * fork and change their memory, files and modules that go, and all others in the
+ * kernel who have a word on a page that is on the device.
+ *
+ * Each scenario runs many times, at moments that differ. Each time the bytes are
+ * those that the CPU and the device are to see; at the end no page is left over.
+ */
+#include <linux/elf.h>
+#include <linux/io_uring.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+#include "dummy_gpu_harness.h"
+
+/* How often each is done, unless the environment says otherwise: a kernel with checkers is slow. */
+#define ROUNDS	rounds()
+
+static int rounds(void)
+{
+	const char *said = getenv("DUMMY_GPU_ROUNDS");
+
+	return said && atoi(said) > 0 ? atoi(said) : 100;
+}
+
+/* The pages of most memory: two and a half of the blocks that a CPU fault brings home. */
+#define PAGES	40
+
+/* The pages on both devices now, or less than 0. */
+static int64_t device_pages(void)
+{
+	int64_t first = instance_pages_of(0), second = instance_pages_of(1);
+
+	return first < 0 || second < 0 ? -1 : first + second;
+}
+
+static bool device_pages_become(int64_t pages)
+{
+	struct timespec tick = { .tv_nsec = 1000 * 1000 };
+
+	for (int i = 0; i < 3000 && device_pages() != pages; i++)
+		nanosleep(&tick, NULL);
+	return device_pages() == pages;
+}
+
+/* A small file of the kernel: the number that it starts with. */
+static long long number_in(const char *path)
+{
+	FILE *f = fopen(path, "re");
+	long long value = -1;
+
+	if (f) {
+		if (fscanf(f, "%lld", &value) != 1)
+			value = -1;
+		fclose(f);
+	}
+	return value;
+}
+
+static bool write_to(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool ok = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+
+	if (fd >= 0)
+		close(fd);
+	return ok;
+}
+
+/* What a test changes for all and the teardown changes back. */
+struct setting {
+	const char *path;
+	char old[200];
+};
+
+static bool set(struct setting *setting, const char *path, const char *text)
+{
+	FILE *f = fopen(path, "re");
+	bool ok = f && fgets(setting->old, sizeof(setting->old), f) && write_to(path, text);
+
+	if (f)
+		fclose(f);
+	if (ok)
+		setting->path = path;
+	return ok;
+}
+
+FIXTURE(life)
+{
+	int fd;
+	size_t size;
+	uint64_t *result;
+	size_t length;
+	uint8_t *expect;	/* what the memory of the test is to hold */
+	uint8_t *copy;
+	uint64_t seed;
+	int64_t pages;		/* on the devices at the start */
+	struct setting settings[3];
+	const char *module;	/* the file, once it was removed */
+};
+
+#define LIFE	FIXTURE_DATA(life)
+
+static int module_remove(void)
+{
+	return syscall(__NR_delete_module, "dummy_gpu", O_NONBLOCK) ? -errno : 0;
+}
+
+static int module_insert(const char *path, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC), err;
+	char options[30];
+
+	snprintf(options, sizeof(options), "vram_mb=%zu", size >> 20);
+	err = syscall(__NR_finit_module, fd, options, 0) ? -errno : 0;
+	close(fd);
+	return err;
+}
+
+FIXTURE_SETUP(life)
+{
+	setup_vram(_metadata, &self->fd, &self->size, &self->result);
+	if (self->fd < 0 || !self->size)
+		return;
+	signal(SIGPIPE, SIG_IGN);
+	self->length = PAGES * page;
+	self->expect = malloc(self->length);
+	self->copy = malloc(self->length);
+	ASSERT_NE(NULL, self->expect);
+	ASSERT_NE(NULL, self->copy);
+	self->pages = device_pages();
+}
+
+FIXTURE_TEARDOWN(life)
+{
+	EXPECT_TRUE(device_pages_become(self->pages))
+		TH_LOG("%lld pages on the devices, %lld at the start",
+		       (long long)device_pages(), (long long)self->pages);
+	munmap(self->result, page);
+	free(self->expect);
+	free(self->copy);
+	close(self->fd);
+	for (size_t i = 0; i < ARRAY_SIZE(self->settings); i++) {
+		if (self->settings[i].path)
+			EXPECT_TRUE(write_to(self->settings[i].path, self->settings[i].old));
+	}
+	if (self->module) {
+		module_remove();
+		EXPECT_EQ(0, module_insert(self->module, self->size));
+	}
+}
+
+/* The end that a process has of its two pipes to another. */
+struct other {
+	pid_t pid;
+	int in, out;
+};
+
+/* fork(), with pipes between the two. The child ends with its parent at the latest. */
+static pid_t spawn(struct other *other)
+{
+	int down[2], up[2];
+	pid_t pid;
+
+	if (pipe2(down, O_CLOEXEC) || pipe2(up, O_CLOEXEC))
+		return -errno;
+	pid = fork();
+	other->pid = pid;
+	other->in = pid ? up[0] : down[0];
+	other->out = pid ? down[1] : up[1];
+	close(pid ? down[0] : up[0]);
+	close(pid ? up[1] : down[1]);
+	if (!pid)
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+	return pid;
+}
+
+static int tell(struct other *other)
+{
+	return token_send(other->out);
+}
+
+static int hear(struct other *other)
+{
+	return token_wait(other->in);
+}
+
+/* Waits for the end of a child, no longer than the harness lets the test run. */
+static int ended(struct other *other)
+{
+	int status = -1;
+
+	close(other->in);
+	close(other->out);
+	return waitpid(other->pid, &status, 0) == other->pid ? status : -1;
+}
+
+static bool was_killed(int status, int sig)
+{
+	return WIFSIGNALED(status) && WTERMSIG(status) == sig;
+}
+
+static void nap(uint64_t *seed, unsigned int most)
+{
+	usleep(cpu_random(seed) % most);
+}
+
+/* New memory, in the device's memory if a file is given, and what it is to hold. */
+static uint8_t *map_random(int fd, uint8_t *expect, size_t length, uint64_t seed)
+{
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+
+	if (p == MAP_FAILED)
+		return NULL;
+	cpu_randomize(expect, length, seed);
+	memcpy(p, expect, length);
+	if (fd >= 0 && prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE) != length / page)
+		return NULL;
+	return p;
+}
+
+static int check_by_device(int fd, uint64_t *result, const void *p, const void *expect,
+			   size_t length)
+{
+	int err = run(fd, gpu_unary(DUMMY_GPU_OP_CRC32, result, p, length));
+
+	if (!err && *result != cpu_crc32(expect, length))
+		err = -EILSEQ;
+	return err;
+}
+
+/* Whether both the CPU and the device see what is to be seen, in either order. */
+static int check(int fd, uint64_t *result, const void *p, const void *expect, size_t length,
+		 bool device_first)
+{
+	int err = device_first ? check_by_device(fd, result, p, expect, length) : 0;
+
+	if (!err && cpu_differs(p, expect, length) != length)
+		err = -EBADMSG;
+	if (!err && !device_first)
+		err = check_by_device(fd, result, p, expect, length);
+	return err;
+}
+
+#define EXPECT_SEEN(p, round)						\
+	do {								\
+		int __r = (round);					\
+									\
+		EXPECT_EQ(0, check(self->fd, self->result, p,		\
+				   self->expect, self->length, __r & 1))	\
+			TH_LOG("round %d", __r);			\
+	} while (0)
+
+/* Killed at any moment of its commands. Its parent has the memory that it had. */
+TEST_F(life, killed_in_command)
+{
+	uint8_t *shared = mmap(NULL, self->length, PROT_READ | PROT_WRITE,
+			       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	struct other other;
+	size_t n;
+
+	ASSERT_NE(MAP_FAILED, shared);
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(self->fd, self->expect, self->length, round);
+		pid_t pid;
+
+		ASSERT_NE(NULL, p);
+		memset(shared, 0xff, self->length);
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			int fd = gpu_open(GPU_DEVICE), err = fd < 0 ? fd : tell(&other);
+
+			for (uint8_t value = 0; !err; value++) {
+				err = run(fd, gpu_fill(shared, value, self->length));
+				if (!err)
+					err = run(fd, gpu_binary(DUMMY_GPU_OP_XOR, p, p, shared,
+								 self->length));
+			}
+			_exit(1);
+		}
+		EXPECT_EQ(0, hear(&other));
+		nap(&self->seed, 5000);
+		ASSERT_EQ(0, kill(pid, SIGKILL));
+		EXPECT_TRUE(was_killed(ended(&other), SIGKILL));
+
+		/* The last command ended somewhere, and writes nothing any more. */
+		memcpy(self->copy, shared, self->length);
+		n = cpu_unlike(self->copy, self->copy[0], self->length);
+		EXPECT_EQ(self->length - n, cpu_unlike(self->copy + n, self->copy[0] - 1,
+						       self->length - n));
+		EXPECT_SEEN(p, round);
+		EXPECT_EQ(self->length, cpu_differs(shared, self->copy, self->length));
+		munmap(p, self->length);
+		EXPECT_TRUE(device_pages_become(self->pages));
+	}
+	munmap(shared, self->length);
+}
+
+/* A child whose command waits for ever for its last page. */
+static int stuck_child(struct other *other, uint8_t *p, size_t length)
+{
+	struct server server = { .uffd = uffd_open(), .pipe = other->out };
+	int fd = gpu_open(GPU_DEVICE);
+	pthread_t thread;
+
+	if (fd < 0 || server.uffd < 0 || uffd_register(server.uffd, p + length, page))
+		return 1;
+	if (pthread_create(&thread, NULL, serve_thread, &server))
+		return 2;
+	run(fd, gpu_fill(p, 1, length + page));
+	return 3;
+}
+
+TEST_F(life, killed_in_fault)
+{
+	int uffd = uffd_open();
+	struct other other;
+
+	if (uffd < 0)
+		SKIP(return, "no userfaultfd: %s", strerror(-uffd));
+	close(uffd);
+	for (int round = 0; round < ROUNDS; round++) {
+		/* The page after it is one that nobody has touched. */
+		uint8_t *space = map(self->length + page, PROT_READ | PROT_WRITE), *p;
+		pid_t pid;
+
+		p = map_random(-1, self->expect, self->length, round);
+		ASSERT_NE(NULL, p);
+		ASSERT_EQ(space, mremap(p, self->length, self->length,
+					MREMAP_MAYMOVE | MREMAP_FIXED, space));
+		p = space;
+		ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid)
+			_exit(stuck_child(&other, p, self->length));
+		EXPECT_EQ(0, hear(&other));
+		nap(&self->seed, 1000);
+		ASSERT_EQ(0, kill(pid, SIGKILL));
+		EXPECT_TRUE(was_killed(ended(&other), SIGKILL));
+		EXPECT_SEEN(p, round);
+		munmap(p, self->length + page);
+		EXPECT_TRUE(device_pages_become(self->pages));
+	}
+}
+
+/* Commands on one piece of memory that a thread runs again and again. */
+struct worker {
+	int fd;
+	struct dummy_gpu_command command;
+	int allowed[2];			/* errors */
+	pthread_t thread;
+	bool stop;
+	unsigned long attempts, failed;
+	int err;
+};
+
+static void *worker_thread(void *arg)
+{
+	struct worker *w = arg;
+
+	while (!w->err && !__atomic_load_n(&w->stop, __ATOMIC_ACQUIRE)) {
+		int err = run(w->fd, w->command);
+
+		if (err && (err == w->allowed[0] || err == w->allowed[1]))
+			w->failed++;
+		else if (err)
+			w->err = err;
+		if (w->command.opcode == DUMMY_GPU_OP_FILL)
+			w->command.value = (w->command.value + 1) & 0xff;
+		__atomic_add_fetch(&w->attempts, 1, __ATOMIC_RELEASE);
+		sched_yield();
+	}
+	return NULL;
+}
+
+static unsigned long worker_attempts(struct worker *w)
+{
+	return __atomic_load_n(&w->attempts, __ATOMIC_ACQUIRE);
+}
+
+/* Waits until a command that was not there yet has ended. */
+static bool worker_goes_on(struct worker *w)
+{
+	unsigned long start = worker_attempts(w);
+
+	for (int i = 0; i < 20000 && worker_attempts(w) < start + 2; i++)
+		usleep(i ? 100 : 0);
+	return worker_attempts(w) >= start + 2;
+}
+
+static int worker_start(struct worker *w)
+{
+	return pthread_create(&w->thread, NULL, worker_thread, w);
+}
+
+static int worker_stop(struct worker *w)
+{
+	__atomic_store_n(&w->stop, true, __ATOMIC_RELEASE);
+	return pthread_join(w->thread, NULL) ? -EIO : w->err;
+}
+
+TEST_F(life, exit)
+{
+	struct other other;
+	int status;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(self->fd, self->expect, self->length, round);
+		pid_t pid;
+
+		ASSERT_NE(NULL, p);
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			struct worker w = {
+				.fd = gpu_open(GPU_DEVICE),
+				.command = gpu_fill(p, 1, self->length / 2),
+			};
+			uint8_t *q = map_random(w.fd, self->copy, self->length, ~round);
+
+			/* Some of it the parent's too, some not; with a thread, and without. */
+			if (!q || (round % 3 && run(w.fd, w.command)))
+				_exit(1);
+			if (round % 2 && worker_start(&w))
+				_exit(2);
+			nap(&self->seed, 100);
+			if (round % 5)
+				_exit(cpu_differs(q, self->copy, page) == page ? 0 : 3);
+			raise(SIGTERM);
+		}
+		status = ended(&other);
+		EXPECT_TRUE(round % 5 ? !status : was_killed(status, SIGTERM))
+			TH_LOG("round %d: status %x", round, status);
+		EXPECT_SEEN(p, round);
+		munmap(p, self->length);
+		EXPECT_TRUE(device_pages_become(self->pages));
+	}
+}
+
+/*
+ * Two processes with one memory, as copies of each other's or shared. Each does what
+ * comes, in turns or both at the same time; what each is to see, both know.
+ */
+#define SIDE_PAGES	24
+#define SIDE_ACTIONS	24
+
+struct side {
+	int me;
+	int fd[2];
+	uint64_t *result;
+	bool shared;
+	uint8_t *p, *model;
+	struct other other;
+};
+
+/* Does what the seed says at p, as in the model; or, if it is not this side's, only there. */
+static int act(struct side *s, bool mine, size_t start, size_t length, uint64_t seed)
+{
+	uint64_t what = cpu_random(&seed), value = cpu_random(&seed) & 0xff;
+	size_t at = cpu_random(&seed) % length, half = length / 2, first, pages;
+	size_t n = 1 + cpu_random(&seed) % (length - at), from;
+	uint8_t *p = s->p + start, *model = s->model + start;
+	int fd = s->fd[what >> 32 & 1];
+	int64_t moved;
+
+	first = at & -page;
+	pages = (at + n + page - 1 - first) & -page;
+	switch (what % 8) {
+	case 0:
+		memset(model + at, value, n);
+		if (mine)
+			memset(p + at, value, n);
+		return 0;
+	case 1:
+		memset(model + at, value, n);
+		return mine ? run(fd, gpu_fill(p + at, value, n)) : 0;
+	case 2:
+		/* From the one half to the other, or back. */
+		at %= half;
+		n = 1 + n % (half - at);
+		from = value & 1 ? at + half : at;
+		at = value & 1 ? at : at + half;
+		memcpy(model + at, model + from, n);
+		return mine ? run(fd, gpu_unary(DUMMY_GPU_OP_COPY, p + at, p + from, n)) : 0;
+	case 3:
+		return mine && cpu_differs(p + at, model + at, n) != n ? -EBADMSG : 0;
+	case 4:
+		return mine ? check_by_device(fd, s->result, p + at, model + at, n) : 0;
+	case 5:
+		if (!s->shared)
+			memset(model + first, 0, pages);
+		return mine && madvise(p + first, pages, MADV_DONTNEED) ? -errno : 0;
+	default:
+		if (!mine)
+			return 0;
+		moved = prefetch_all(fd, p + first, pages, what % 8 == 6 ?
+				     DUMMY_GPU_PLACE_DEVICE : DUMMY_GPU_PLACE_SYSTEM);
+		return moved < 0 ? moved : 0;
+	}
+}
+
+static int play(struct side *s, unsigned int round)
+{
+	const size_t length = SIDE_PAGES * page;
+	bool turns = round & 1, parts = s->shared && !turns;
+	int err = 0;
+
+	for (unsigned int i = 0; i < SIDE_ACTIONS && !err; i++) {
+		uint64_t seed = (uint64_t)round << 32 | i;
+		int who = turns ? cpu_random(&seed) & 1 : i & 1;
+
+		/* At the same time each writes to its half of what they share. */
+		if (who == s->me || s->shared)
+			err = act(s, who == s->me, parts ? who * length / 2 : 0,
+				  parts ? length / 2 : length, seed);
+		if (!err && turns)
+			err = who == s->me ? tell(&s->other) : hear(&s->other);
+	}
+	if (!err)
+		err = tell(&s->other);
+	if (!err)
+		err = hear(&s->other);
+	if (!err)
+		err = check(s->fd[round >> 2 & 1], s->result, s->p, s->model, length, round & 2);
+	return err;
+}
+
+static void any_order(struct __test_metadata *_metadata, LIFE *self,
+		      bool shared, bool two_devices)
+{
+	const size_t length = SIDE_PAGES * page;
+	int second = two_devices ? gpu_open(GPU_DEVICE_2) : self->fd;
+
+	if (second == -ENOENT)
+		SKIP(return, "no " GPU_DEVICE_2);
+	ASSERT_LE(0, second);
+	for (int round = 0; round < ROUNDS; round++) {
+		struct side s = {
+			.fd = { self->fd, second },
+			.result = self->result,
+			.shared = shared,
+			.model = malloc(length),
+		};
+		int err;
+		pid_t pid;
+
+		ASSERT_NE(NULL, s.model);
+		s.p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_ANONYMOUS |
+			   (s.shared ? MAP_SHARED : MAP_PRIVATE), -1, 0);
+		ASSERT_NE(MAP_FAILED, s.p);
+		cpu_randomize(s.model, length, ~round);
+		memcpy(s.p, s.model, length);
+		ASSERT_LE(0, prefetch_all(self->fd, s.p, length, DUMMY_GPU_PLACE_DEVICE));
+		if (!s.shared)
+			ASSERT_EQ(SIDE_PAGES, stats_of(_metadata, self->fd).device_pages);
+		pid = spawn(&s.other);
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			s.me = 1;
+			s.result++;
+			s.fd[0] = gpu_open(two_devices ? GPU_DEVICE_2 : GPU_DEVICE);
+			s.fd[1] = two_devices ? gpu_open(GPU_DEVICE) : s.fd[0];
+			_exit(s.fd[0] < 0 || s.fd[1] < 0 ? 255 : -play(&s, round));
+		}
+		err = play(&s, round);
+		ASSERT_EQ(0, ended(&s.other)) TH_LOG("round %d, and here %d", round, err);
+		ASSERT_EQ(0, err) TH_LOG("round %d", round);
+		munmap(s.p, length);
+		free(s.model);
+	}
+	if (two_devices)
+		close(second);
+}
+
+TEST_F(life, fork)
+{
+	any_order(_metadata, self, false, false);
+}
+
+TEST_F(life, fork_two_devices)
+{
+	any_order(_metadata, self, false, true);
+}
+
+TEST_F(life, shared_two_devices)
+{
+	any_order(_metadata, self, true, true);
+}
+
+/* The first byte that none of two arrays has at its place, or length. */
+static size_t neither(const uint8_t *p, const uint8_t *a, const uint8_t *b, size_t length)
+{
+	size_t i;
+
+	for (i = 0; i < length; i++) {
+		uint8_t value = cpu_load(p + i);
+
+		if (value != a[i] && value != b[i])
+			break;
+	}
+	return i;
+}
+
+/* Memory that a worker copies to: until then it holds zeroes. */
+static uint8_t *start_copying(struct __test_metadata *_metadata, LIFE *self,
+			      struct worker *w, uint8_t **src)
+{
+	uint8_t *p = map(self->length, PROT_READ | PROT_WRITE);
+
+	*src = map_random(self->fd, self->expect, self->length, 4711);
+	ASSERT_NE(NULL, *src);
+	ASSERT_NE(MAP_FAILED, p);
+	w->fd = self->fd;
+	w->command = gpu_unary(DUMMY_GPU_OP_COPY, p, *src, self->length);
+	memset(self->copy, 0, self->length);
+	ASSERT_EQ(0, worker_start(w));
+	return p;
+}
+
+/* Ends it, and has a last one put the bytes of the source there. */
+static void end_copying(struct __test_metadata *_metadata, LIFE *self,
+			struct worker *w, uint8_t *p, uint8_t *src)
+{
+	EXPECT_EQ(0, worker_stop(w));
+	EXPECT_EQ(0, run(w->fd, w->command));
+	EXPECT_SEEN(p, 0);
+	EXPECT_SEEN(src, 1);
+	EXPECT_LT(w->failed, w->attempts);
+	munmap(p, self->length);
+	munmap(src, self->length);
+}
+
+/* Any pages of the test's memory. */
+static size_t any_pages(uint64_t *seed, size_t *first)
+{
+	*first = cpu_random(seed) % PAGES * page;
+	return (1 + cpu_random(seed) % (PAGES - *first / page)) * page;
+}
+
+TEST_F(life, munmap_under_command)
+{
+	struct worker w = { .allowed = { -EFAULT } };
+	uint8_t *src, *p = start_copying(_metadata, self, &w, &src);
+	size_t first, n;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		n = any_pages(&self->seed, &first);
+		nap(&self->seed, 3000);
+		ASSERT_EQ(0, munmap(p + first, n));
+		if (round & 1)
+			EXPECT_TRUE(worker_goes_on(&w));
+		ASSERT_EQ(p + first, map_at(p + first, n));
+		EXPECT_EQ(n, neither(p + first, self->copy, self->expect + first, n));
+		nap(&self->seed, 2000);
+		EXPECT_EQ(self->length, neither(p, self->copy, self->expect, self->length));
+	}
+	EXPECT_LT(0, w.failed);
+	end_copying(_metadata, self, &w, p, src);
+}
+
+TEST_F(life, discard_under_command)
+{
+	struct worker w = { };
+	uint8_t *src, *p = start_copying(_metadata, self, &w, &src);
+	size_t first, n;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		n = any_pages(&self->seed, &first);
+		nap(&self->seed, 3000);
+		ASSERT_EQ(0, madvise(p + first, n, MADV_DONTNEED));
+		EXPECT_EQ(n, neither(p + first, self->copy, self->expect + first, n));
+		if (round & 1)
+			EXPECT_EQ(self->length, cpu_differs(src, self->expect, self->length));
+		nap(&self->seed, 2000);
+		EXPECT_EQ(self->length, neither(p, self->copy, self->expect, self->length));
+	}
+	end_copying(_metadata, self, &w, p, src);
+}
+
+/* What has moved away is out of reach of the command. */
+TEST_F(life, mremap_under_command)
+{
+	struct worker w = { .allowed = { -EFAULT } };
+	uint8_t *src, *p = start_copying(_metadata, self, &w, &src);
+	uint8_t *q = map(self->length, PROT_NONE), *now = malloc(self->length);
+
+	ASSERT_NE(MAP_FAILED, q);
+	ASSERT_NE(NULL, now);
+	for (int round = 0; round < ROUNDS; round++) {
+		nap(&self->seed, 3000);
+		ASSERT_EQ(q, mremap(p, self->length, self->length,
+				    MREMAP_MAYMOVE | MREMAP_FIXED, q));
+		memcpy(now, q, self->length);
+		EXPECT_EQ(self->length, neither(now, self->copy, self->expect, self->length));
+		EXPECT_TRUE(worker_goes_on(&w));
+		EXPECT_EQ(0, check(self->fd, self->result, q, now, self->length, round & 1));
+
+		/* Other bytes come back. */
+		cpu_randomize(self->copy, self->length, round);
+		memcpy(q, self->copy, self->length);
+		if (round & 2)
+			EXPECT_LT(0, prefetch_all(self->fd, q, self->length,
+						  DUMMY_GPU_PLACE_DEVICE));
+		ASSERT_EQ(p, mremap(q, self->length, self->length,
+				    MREMAP_MAYMOVE | MREMAP_FIXED, p));
+	}
+	EXPECT_LT(0, w.failed);
+	end_copying(_metadata, self, &w, p, src);
+	munmap(q, self->length);
+	free(now);
+}
+
+/* What is read-only does not change. */
+TEST_F(life, mprotect_under_command)
+{
+	struct worker w = { .allowed = { -EPERM, -EFAULT } };
+	uint8_t *src, *p = start_copying(_metadata, self, &w, &src), *now = malloc(self->length);
+	size_t first, n;
+
+	ASSERT_NE(NULL, now);
+	for (int round = 0; round < ROUNDS; round++) {
+		n = any_pages(&self->seed, &first);
+		nap(&self->seed, 3000);
+		ASSERT_EQ(0, mprotect(p + first, n, PROT_READ));
+		memcpy(now, p + first, n);
+		EXPECT_EQ(n, neither(now, self->copy + first, self->expect + first, n));
+		if (round & 1)
+			EXPECT_EQ(0, mprotect(p + first, n, PROT_NONE));
+		EXPECT_TRUE(worker_goes_on(&w));
+		if (round & 1)
+			EXPECT_EQ(0, mprotect(p + first, n, PROT_READ));
+		EXPECT_EQ(0, check(self->fd, self->result, p + first, now, n, round & 2));
+
+		ASSERT_EQ(0, mprotect(p + first, n, PROT_READ | PROT_WRITE));
+		cpu_randomize(now, n, round);
+		memcpy(self->copy + first, now, n);
+		memcpy(p + first, now, n);
+	}
+	EXPECT_LT(0, w.failed);
+	end_copying(_metadata, self, &w, p, src);
+	free(now);
+}
+
+/* A child has what there was at the moment of fork(), whatever the command does then. */
+TEST_F(life, fork_under_command)
+{
+	uint8_t *p = map_random(self->fd, self->expect, self->length, 1);
+	struct worker w = { .fd = self->fd, .command = gpu_fill(p, 0, self->length) };
+	struct other other;
+
+	ASSERT_NE(NULL, p);
+	ASSERT_EQ(0, worker_start(&w));
+	for (int round = 0; round < ROUNDS; round++) {
+		pid_t pid;
+
+		nap(&self->seed, 3000);
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			int fd = gpu_open(GPU_DEVICE);
+
+			memcpy(self->copy, p, self->length);
+			if (fd < 0 || tell(&other) || hear(&other))
+				_exit(255);
+			_exit(-check(fd, self->result, p, self->copy, self->length, round & 1));
+		}
+		EXPECT_EQ(0, hear(&other));
+		EXPECT_TRUE(worker_goes_on(&w));
+		EXPECT_EQ(0, tell(&other));
+		ASSERT_EQ(0, ended(&other)) TH_LOG("round %d", round);
+	}
+	EXPECT_EQ(0, worker_stop(&w));
+	EXPECT_EQ(self->length, cpu_unlike(p, w.command.value - 1, self->length));
+	munmap(p, self->length);
+}
+
+/* Files are closed, pages stay: those of the process itself, and another's. */
+TEST_F(life, file_closed)
+{
+	struct other other;
+	int err;
+
+	close(self->fd);
+	for (int round = 0; round < ROUNDS; round++) {
+		pid_t pid = spawn(&other);
+		uint8_t *p;
+
+		ASSERT_LE(0, pid);
+		self->fd = gpu_open(GPU_DEVICE);
+		p = map_random(self->fd, self->expect, self->length, pid ? round : ~round);
+		if (!pid) {
+			if (!p || tell(&other) || hear(&other))
+				_exit(1);
+			/* Its own file may be open still, or another; or only the CPU looks. */
+			if (round & 1)
+				close(self->fd);
+			if (round & 2)
+				self->fd = gpu_open(GPU_DEVICE);
+			err = tell(&other) || hear(&other) ? -EPIPE : 0;
+			if (!err && (round & 3) == 1)
+				err = cpu_differs(p, self->expect, self->length) != self->length;
+			else if (!err)
+				err = check(self->fd, self->result, p, self->expect, self->length,
+					    round & 4);
+			_exit(err ? 2 : 0);
+		}
+		ASSERT_NE(NULL, p);
+		EXPECT_EQ(0, hear(&other));
+		EXPECT_EQ(0, close(self->fd));
+		EXPECT_EQ(0, tell(&other));
+		EXPECT_EQ(0, hear(&other));
+		if (self->pages >= 0)
+			EXPECT_EQ(self->pages + 2 * PAGES, device_pages());
+		if (round & 8)
+			EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
+		EXPECT_EQ(0, tell(&other));
+		EXPECT_EQ(0, ended(&other)) TH_LOG("round %d", round);
+		self->fd = gpu_open(GPU_DEVICE);
+		EXPECT_SEEN(p, round);
+		close(self->fd);
+		munmap(p, self->length);
+		EXPECT_TRUE(device_pages_become(self->pages));
+	}
+	self->fd = -1;
+}
+
+/* One who has the memory p but not that of the opener gets nothing done. */
+static int refused(int fd, uint8_t *p)
+{
+	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, page, DUMMY_GPU_PLACE_SYSTEM);
+
+	if (run(fd, gpu_fill(p, 0x77, page)) != -EPERM)
+		return 1;
+	return gpu_prefetch(fd, &prefetch) == -EPERM ? 0 : 2;
+}
+
+TEST_F(life, file_passed_on)
+{
+	int *passed = (int *)(self->result + 8);
+	struct other other;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(self->fd, self->expect, self->length, round);
+		int fd, pidfd;
+		pid_t pid;
+
+		ASSERT_NE(NULL, p);
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			uint8_t *q = map_random(-1, self->copy, self->length, ~round);
+			struct other third;
+
+			fd = gpu_open(GPU_DEVICE);
+			*passed = fd;
+			if (fd < 0 || !q || run(fd, gpu_binary(DUMMY_GPU_OP_XOR, q, q, p, page)))
+				_exit(1);
+			for (size_t i = 0; i < page; i++)
+				self->copy[i] ^= self->expect[i];
+			/* Its own child inherits the file and, as copies, the pages. */
+			if (!spawn(&third))
+				_exit(refused(fd, q) ||
+				      cpu_differs(q, self->copy, self->length) != self->length);
+			if (tell(&other) || hear(&other) || ended(&third))
+				_exit(2);
+			_exit(-check(fd, self->result, q, self->copy, self->length, round & 1));
+		}
+		EXPECT_EQ(0, hear(&other));
+		pidfd = syscall(__NR_pidfd_open, pid, 0);
+		fd = pidfd < 0 ? -1 : syscall(__NR_pidfd_getfd, pidfd, *passed, 0);
+		if (fd < 0) {
+			kill(pid, SIGKILL);
+			ended(&other);
+			munmap(p, self->length);
+			SKIP(return, "no pidfd_getfd: %s", strerror(errno));
+		}
+		EXPECT_EQ(0, refused(fd, p));
+		EXPECT_EQ(0, tell(&other));
+		EXPECT_EQ(0, ended(&other)) TH_LOG("round %d", round);
+		/* The opener is gone: its pages too, with the file still open. */
+		if (self->pages >= 0)
+			EXPECT_GE(self->pages + PAGES, device_pages());
+		EXPECT_EQ(0, refused(fd, p));
+		EXPECT_SEEN(p, round);
+		munmap(p, self->length);
+		EXPECT_TRUE(device_pages_become(self->pages));
+		close(fd);
+		close(pidfd);
+	}
+}
+
+/* Direct I/O: the pages come home for it, and it is in them that the bytes are. */
+TEST_F(life, direct_io)
+{
+	int disk = open("/dev/ram0", O_RDWR | O_DIRECT | O_EXCL | O_CLOEXEC);
+
+	if (disk < 0)
+		SKIP(return, "/dev/ram0: %s", strerror(errno));
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(self->fd, self->expect, self->length, round);
+		size_t first, n = any_pages(&self->seed, &first), to = self->length - n - first;
+
+		ASSERT_NE(NULL, p);
+		EXPECT_EQ(n, pwrite(disk, p + first, n, 0));
+		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		/* To another place. */
+		EXPECT_EQ(n, pread(disk, p + to, n, 0));
+		memmove(self->expect + to, self->expect + first, n);
+		EXPECT_SEEN(p, round);
+		munmap(p, self->length);
+	}
+	close(disk);
+}
+
+/* Reads or writes a word of another process. */
+static bool access_word(pid_t pid, bool by_ptrace, void *there, uint64_t *word, bool write)
+{
+	struct iovec local = { word, sizeof(*word) }, remote = { there, sizeof(*word) };
+
+	if (!by_ptrace)
+		return (write ? process_vm_writev(pid, &local, 1, &remote, 1, 0) :
+				process_vm_readv(pid, &local, 1, &remote, 1, 0)) == sizeof(*word);
+	if (write)
+		return !ptrace(PTRACE_POKEDATA, pid, there, *word);
+	errno = 0;
+	*word = ptrace(PTRACE_PEEKDATA, pid, there, NULL);
+	return !errno;
+}
+
+/* The child fills its memory; its parent looks at a word of each page and adds one. */
+static int accessed_child(LIFE *self, struct other *other, uint8_t *p)
+{
+	int fd = gpu_open(GPU_DEVICE), err = fd < 0 ? fd : 0;
+
+	for (int round = 0; round < ROUNDS && !err; round++) {
+		cpu_randomize(self->expect, self->length, round);
+		memcpy(p, self->expect, self->length);
+		err = prefetch_all(fd, p, self->length, DUMMY_GPU_PLACE_DEVICE) != PAGES;
+		if (!err)
+			err = tell(other) || hear(other);
+		for (size_t at = round * 8; at < self->length; at += page)
+			++*(uint64_t *)(self->expect + at);
+		if (!err)
+			err = check(fd, self->result, p, self->expect, self->length, round & 1);
+	}
+	return err ? 1 : 0;
+}
+
+static void access_other(struct __test_metadata *_metadata, LIFE *self,
+			 bool by_ptrace)
+{
+	uint8_t *p = map(self->length, PROT_READ | PROT_WRITE);
+	struct other other;
+	uint64_t word;
+	int status;
+	pid_t pid;
+
+	ASSERT_NE(MAP_FAILED, p);
+	pid = spawn(&other);
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(accessed_child(self, &other, p));
+	for (int round = 0; round < ROUNDS; round++) {
+		ASSERT_EQ(0, hear(&other)) TH_LOG("round %d", round);
+		cpu_randomize(self->expect, self->length, round);
+		if (by_ptrace) {
+			ASSERT_EQ(0, ptrace(PTRACE_ATTACH, pid, NULL, NULL));
+			ASSERT_EQ(pid, waitpid(pid, &status, 0));
+		}
+		for (size_t at = round * 8; at < self->length; at += page) {
+			EXPECT_TRUE(access_word(pid, by_ptrace, p + at, &word, false));
+			EXPECT_EQ(*(uint64_t *)(self->expect + at), word);
+			word++;
+			EXPECT_TRUE(access_word(pid, by_ptrace, p + at, &word, true));
+		}
+		if (by_ptrace)
+			ASSERT_EQ(0, ptrace(PTRACE_DETACH, pid, NULL, NULL));
+		ASSERT_EQ(0, tell(&other));
+	}
+	EXPECT_EQ(0, ended(&other));
+	munmap(p, self->length);
+}
+
+TEST_F(life, ptrace)
+{
+	access_other(_metadata, self, true);
+}
+
+TEST_F(life, process_vm)
+{
+	uint64_t word;
+
+	if (!access_word(getpid(), false, self->result, &word, false))
+		SKIP(return, "process_vm_readv: %s", strerror(errno));
+	access_other(_metadata, self, false);
+}
+
+/* An io_uring for one request at a time. */
+struct uring {
+	int fd;
+	struct io_uring_params params;
+	uint8_t *ring;
+	struct io_uring_sqe *sqe;
+};
+
+static int uring_open(struct uring *u)
+{
+	const int prot = PROT_READ | PROT_WRITE, flags = MAP_SHARED | MAP_POPULATE;
+
+	memset(u, 0, sizeof(*u));
+	u->fd = syscall(__NR_io_uring_setup, 1, &u->params);
+	if (u->fd < 0)
+		return -errno;
+	u->ring = mmap(NULL, page, prot, flags, u->fd, IORING_OFF_SQ_RING);
+	u->sqe = mmap(NULL, page, prot, flags, u->fd, IORING_OFF_SQES);
+	return u->ring == MAP_FAILED || (void *)u->sqe == MAP_FAILED ? -errno : 0;
+}
+
+/* Reads or writes a file from its start on, from or to a part of the registered buffer. */
+static int uring_transfer(struct uring *u, int opcode, int file, void *p, size_t length)
+{
+	uint32_t *tail = (uint32_t *)(u->ring + u->params.sq_off.tail);
+	uint32_t *head = (uint32_t *)(u->ring + u->params.cq_off.head);
+	uint32_t mask = u->params.cq_entries - 1;
+	struct io_uring_cqe *cqe;
+	int res;
+
+	*u->sqe = (struct io_uring_sqe) {
+		.opcode = opcode,
+		.fd = file,
+		.addr = gpu_addr(p),
+		.len = length,
+	};
+	*(uint32_t *)(u->ring + u->params.sq_off.array) = 0;
+	__atomic_store_n(tail, *tail + 1, __ATOMIC_RELEASE);
+	if (syscall(__NR_io_uring_enter, u->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) != 1)
+		return -errno;
+	cqe = (struct io_uring_cqe *)(u->ring + u->params.cq_off.cqes) + (*head & mask);
+	res = cqe->res;
+	__atomic_store_n(head, *head + 1, __ATOMIC_RELEASE);
+	return res;
+}
+
+/* Pages that are pinned come home and stay; whoever pinned them sees what the device does. */
+TEST_F(life, pinned_for_long)
+{
+	int file = temporary_file(self->length), err;
+	struct uring u;
+
+	err = uring_open(&u);
+	if (err)
+		SKIP(return, "no io_uring: %s", strerror(-err));
+	ASSERT_LE(0, file);
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(self->fd, self->expect, self->length, round);
+		size_t first, n = any_pages(&self->seed, &first);
+		struct iovec buffer = { p + first, n };
+
+		ASSERT_NE(NULL, p);
+		ASSERT_EQ(0, syscall(__NR_io_uring_register, u.fd, IORING_REGISTER_BUFFERS,
+				     &buffer, 1)) TH_LOG("%s", strerror(errno));
+		EXPECT_EQ(0, prefetch_all(self->fd, p + first, n, DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_EQ(PAGES - n / page, stats_of(_metadata, self->fd).device_pages);
+		EXPECT_SEEN(p, round);
+
+		/* The device writes, the file gets it; and the other way round. */
+		EXPECT_EQ(0, run(self->fd, gpu_fill(p, round, self->length)));
+		EXPECT_EQ(n, uring_transfer(&u, IORING_OP_WRITE_FIXED, file, p + first, n));
+		EXPECT_EQ(n, pread(file, self->copy, n, 0));
+		EXPECT_EQ(n, cpu_unlike(self->copy, round, n));
+		cpu_randomize(self->copy, n, ~round);
+		EXPECT_EQ(n, pwrite(file, self->copy, n, 0));
+		EXPECT_EQ(n, uring_transfer(&u, IORING_OP_READ_FIXED, file, p + first, n));
+		memset(self->expect, round, self->length);
+		memcpy(self->expect + first, self->copy, n);
+		EXPECT_SEEN(p, round);
+
+		ASSERT_EQ(0, syscall(__NR_io_uring_register, u.fd, IORING_UNREGISTER_BUFFERS,
+				     NULL, 0));
+		for (int i = 0; i < 1000; i++) {
+			if (stats_of(_metadata, self->fd).device_pages == PAGES)
+				break;
+			EXPECT_LE(0, prefetch_all(self->fd, p, self->length,
+						  DUMMY_GPU_PLACE_DEVICE));
+			usleep(i ? 1000 : 0);
+		}
+		EXPECT_EQ(PAGES, stats_of(_metadata, self->fd).device_pages);
+		EXPECT_SEEN(p, round);
+		munmap(p, self->length);
+	}
+	close(u.fd);
+	munmap(u.ring, page);
+	munmap(u.sqe, page);
+	close(file);
+}
+
+/* Whether the core in a file has these bytes at an address. */
+static bool core_has(int file, uint64_t address, const void *expect, void *copy, size_t length)
+{
+	struct elf64_hdr ehdr;
+	struct elf64_phdr phdr;
+
+	if (pread(file, &ehdr, sizeof(ehdr), 0) != sizeof(ehdr) ||
+	    memcmp(ehdr.e_ident, ELFMAG, SELFMAG) || ehdr.e_type != ET_CORE)
+		return false;
+	for (size_t i = 0; i < ehdr.e_phnum; i++) {
+		if (pread(file, &phdr, sizeof(phdr), ehdr.e_phoff + i * sizeof(phdr)) !=
+		    sizeof(phdr))
+			return false;
+		if (phdr.p_type != PT_LOAD || phdr.p_vaddr > address ||
+		    address + length > phdr.p_vaddr + phdr.p_filesz)
+			continue;
+		return pread(file, copy, length, phdr.p_offset + address - phdr.p_vaddr) ==
+			(ssize_t)length && cpu_differs(copy, expect, length) == length;
+	}
+	return false;
+}
+
+/* A core dump has what is on the device. */
+TEST_F(life, core_dump)
+{
+	const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	char dir[] = "/tmp/dummy_gpu_core.XXXXXX", path[60];
+	struct other other;
+
+	ASSERT_NE(NULL, mkdtemp(dir));
+	snprintf(path, sizeof(path), "%s/core", dir);
+	if (!set(&self->settings[0], "/proc/sys/kernel/core_pattern", path)) {
+		rmdir(dir);
+		SKIP(return, "no core dumps, or not root");
+	}
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(self->fd, self->expect, self->length, round);
+		int file, status;
+		pid_t pid;
+
+		ASSERT_NE(NULL, p);
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		cpu_randomize(self->expect, self->length / 2, ~round);
+		if (!pid) {
+			int fd = gpu_open(GPU_DEVICE);
+
+			/* A half is the child's own; the rest is its parent's too. */
+			memcpy(p, self->expect, self->length / 2);
+			if (fd < 0 || prefetch_all(fd, p, self->length / 2,
+						   DUMMY_GPU_PLACE_DEVICE) < 0)
+				_exit(1);
+			if (check_by_device(fd, self->result, p, self->expect, self->length))
+				_exit(2);
+			setrlimit(RLIMIT_CORE, &unlimited);
+			signal(SIGABRT, SIG_DFL);
+			abort();
+		}
+		status = ended(&other);
+		EXPECT_TRUE(was_killed(status, SIGABRT)) TH_LOG("status %x", status);
+		file = open(path, O_RDONLY | O_CLOEXEC);
+		EXPECT_TRUE(core_has(file, gpu_addr(p), self->expect, self->copy, self->length));
+		close(file);
+		unlink(path);
+		cpu_randomize(self->expect, self->length, round);
+		EXPECT_SEEN(p, round);
+		munmap(p, self->length);
+	}
+	rmdir(dir);
+}
+
+#define KSM	"/sys/kernel/mm/ksm/"
+
+/* From nothing that is shared, which 2 does, to that many pages more. */
+static bool ksm_shares(long long pages)
+{
+	long long now = -1, before;
+
+	if (!write_to(KSM "run", "2"))
+		return false;
+	before = number_in(KSM "pages_sharing");
+	if (!write_to(KSM "run", "1"))
+		return false;
+	for (int i = 0; i < 1000 && now < before + pages; i++) {
+		usleep(i ? 5000 : 0);
+		now = number_in(KSM "pages_sharing");
+	}
+	return now >= before + pages;
+}
+
+/* Three copies of the same bytes are one: until somebody writes to one of them. */
+TEST_F(life, merged_by_ksm)
+{
+	const size_t pages = 8, part = pages * page, length = 3 * part;
+
+	if (!set(&self->settings[0], KSM "sleep_millisecs", "1") ||
+	    !set(&self->settings[1], KSM "pages_to_scan", "5000") ||
+	    !set(&self->settings[2], KSM "run", "1"))
+		SKIP(return, "no KSM, or not root");
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+		size_t mine = cpu_random(&self->seed) % 3, cpus = (mine + 1) % 3;
+		size_t at = cpu_random(&self->seed) % part;
+		size_t n = 1 + cpu_random(&self->seed) % (part - at);
+
+		ASSERT_NE(MAP_FAILED, p);
+		for (size_t i = 0; i < 3; i++)
+			cpu_randomize(self->expect + i * part, part, round);
+		memcpy(p, self->expect, length);
+		ASSERT_EQ(0, madvise(p, length, MADV_MERGEABLE));
+		ASSERT_TRUE(ksm_shares(2 * pages)) TH_LOG("round %d", round);
+
+		if (round & 1)
+			EXPECT_EQ(0, check(self->fd, self->result, p, self->expect, length,
+					   round & 2));
+		if (round & 4)
+			EXPECT_LE(0, prefetch_all(self->fd, p + mine * part, part,
+						  DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_EQ(0, run(self->fd, gpu_fill(p + mine * part + at, round, n)));
+		memset(self->expect + mine * part + at, round, n);
+		EXPECT_EQ(0, check(self->fd, self->result, p, self->expect, length, round & 8));
+		p[cpus * part + at] ^= 0xff;
+		self->expect[cpus * part + at] ^= 0xff;
+		EXPECT_EQ(0, check(self->fd, self->result, p, self->expect, length, true));
+		ASSERT_EQ(0, munmap(p, length));
+	}
+}
+
+/*
+ * The memory cgroup. A page that migrates takes its charge along; a page of zeroes
+ * that is made on the device is charged as one in RAM is. Each CPU may keep charges
+ * for 64 pages in stock, and that many changes of a statistic to itself:
+ * twice for what is taken from each other.
+ */
+/* In pages: what is charged, and what of it is anonymous memory. */
+static void charges(const char *group, int64_t charge[2])
+{
+	long long value = -1;
+	char path[120], line[100];
+	FILE *f;
+
+	snprintf(path, sizeof(path), "%s/memory.current", group);
+	charge[0] = number_in(path) / (int64_t)page;
+	snprintf(path, sizeof(path), "%s/memory.stat", group);
+	f = fopen(path, "re");
+	while (f && fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "anon %lld", &value) == 1)
+			break;
+	}
+	if (f)
+		fclose(f);
+	charge[1] = value / (int64_t)page;
+}
+
+/* Has its memory where the parent wants it. */
+static int charged_child(struct other *other, size_t length)
+{
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	int fd = gpu_open(GPU_DEVICE), err = fd < 0 || hear(other);
+	int64_t pages = length / page;
+
+	for (int round = 0; round < ROUNDS + 1 && !err; round++) {
+		/* Half of the rounds: RAM first. */
+		if (round & 1)
+			memset(p, round, length);
+		else
+			err = prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE) != pages;
+		err = err || tell(other) || hear(other);
+		err = err || (round & 1 && prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE) !=
+					   pages);
+		err = err || run(fd, gpu_fill(p, round, length)) || tell(other) || hear(other);
+		err = err || prefetch_all(fd, p, length, DUMMY_GPU_PLACE_SYSTEM) != pages;
+		err = err || tell(other) || hear(other);
+		err = err || cpu_unlike(p, round, length) != length;
+		err = err || madvise(p, length, MADV_DONTNEED) || tell(other) || hear(other);
+	}
+	return err;
+}
+
+static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
+			 const char *group)
+{
+	const int64_t noise = 2 * 64 * sysconf(_SC_NPROCESSORS_ONLN), pages = 4 * noise;
+	int64_t start[2], now[2];
+	struct other other;
+	char path[120], number[20];
+	pid_t pid;
+
+	if (pages * page > self->size / 2)
+		SKIP(return, "too many CPUs for the device's memory");
+	pid = spawn(&other);
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(charged_child(&other, pages * page));
+	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
+	snprintf(number, sizeof(number), "%d", pid);
+	ASSERT_TRUE(write_to(path, number));
+	ASSERT_EQ(0, tell(&other));
+	for (int i = 0; i < 4 * (ROUNDS + 1); i++) {
+		/* There, on the device, in RAM; and then there is nothing. */
+		int64_t expect = i % 4 == 3 ? 0 : pages;
+
+		ASSERT_EQ(0, hear(&other)) TH_LOG("round %d", i / 4);
+		charges(group, now);
+		ASSERT_LE(0, now[0]);
+		ASSERT_LE(0, now[1]);
+		/* The first time also takes what the kernel needs for itself, and keeps. */
+		if (i < 4)
+			memcpy(start, now, sizeof(now));
+		for (int j = 0; j < 2 && i >= 4; j++) {
+			EXPECT_LE(start[j] + expect - noise, now[j]) TH_LOG("step %d", i);
+			EXPECT_GE(start[j] + expect + noise, now[j]) TH_LOG("step %d", i);
+		}
+		ASSERT_EQ(0, tell(&other));
+	}
+	EXPECT_EQ(0, ended(&other));
+}
+
+TEST_F(life, charge)
+{
+	char dir[] = "/tmp/dummy_gpu_cgroup.XXXXXX", path[100];
+
+	ASSERT_NE(NULL, mkdtemp(dir));
+	if (mount("none", dir, "cgroup2", 0, NULL)) {
+		rmdir(dir);
+		SKIP(return, "no cgroup2: %s", strerror(errno));
+	}
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", dir);
+	if (write_to(path, "+memory")) {
+		snprintf(path, sizeof(path), "%s/dummy_gpu_test", dir);
+		EXPECT_EQ(0, mkdir(path, 0700));
+		charge_stays(_metadata, self, path);
+		EXPECT_EQ(0, rmdir(path)) TH_LOG("%s", strerror(errno));
+	}
+	umount(dir);
+	rmdir(dir);
+	if (path[strlen(dir) + 1] == 'c')
+		SKIP(return, "no memory controller in cgroup2");
+}
+
+/*
+ * More memory in use than the device has: two processes with two threads each, whose
+ * memory does not fit, work on small parts of it.
+ */
+struct filler {
+	int fd;
+	uint64_t *p, seed;
+	size_t length;
+	uint8_t *doubled;	/* for each piece, how often */
+	pthread_t thread;
+	int err;
+};
+
+#define PIECE	(32 * page)
+
+static int pieces_differ(struct filler *f, size_t piece)
+{
+	const size_t n = PIECE / sizeof(*f->p);
+
+	for (size_t i = piece * n; i < (piece + 1) * n; i++) {
+		if (f->p[i] != (f->seed + i) << f->doubled[piece])
+			return -EBADMSG;
+	}
+	return 0;
+}
+
+static void *fill_thread(void *arg)
+{
+	const size_t n = PIECE / sizeof(uint64_t);
+	struct filler *f = arg;
+	uint64_t seed = f->seed;
+
+	for (int round = 0; round < ROUNDS && !f->err; round++) {
+		size_t piece = cpu_random(&seed) % (f->length / PIECE);
+		uint64_t *p = f->p + piece * n;
+
+		f->err = run(f->fd, gpu_binary(DUMMY_GPU_OP_ADD, p, p, p, PIECE));
+		f->doubled[piece]++;
+		if (!f->err && round % 4 == 0)
+			f->err = pieces_differ(f, cpu_random(&seed) % (f->length / PIECE));
+	}
+	for (size_t i = 0; i < f->length / PIECE && !f->err; i++)
+		f->err = pieces_differ(f, i);
+	return NULL;
+}
+
+/* One process: fills its share, waits for the other's, and works. */
+static int fill_share(struct other *other, int fd, size_t share, int64_t *most,
+		      uint64_t *evicted)
+{
+	struct filler fillers[2] = { 0 };
+	struct dummy_gpu_stats stats;
+	int err = 0;
+
+	for (size_t i = 0; i < 2 && !err; i++) {
+		struct filler *f = &fillers[i];
+
+		f->fd = fd;
+		f->length = share / 2 / PIECE * PIECE;
+		f->seed = (uint64_t)getpid() << 8 | i;
+		f->doubled = calloc(f->length / PIECE, 1);
+		f->p = map(f->length, PROT_READ | PROT_WRITE);
+		if (!f->doubled || f->p == MAP_FAILED)
+			return -ENOMEM;
+		for (size_t j = 0; j < f->length / sizeof(*f->p); j++)
+			f->p[j] = f->seed + j;
+		if (prefetch_all(fd, f->p, f->length, DUMMY_GPU_PLACE_DEVICE) < 0)
+			return -EIO;
+	}
+	if (tell(other) || hear(other))
+		return -EPIPE;
+	if (most)
+		*most = instance_pages();
+	for (size_t i = 0; i < 2; i++)
+		err = pthread_create(&fillers[i].thread, NULL, fill_thread, &fillers[i]) ?: err;
+	for (size_t i = 0; i < 2; i++) {
+		err = pthread_join(fillers[i].thread, NULL) ?: err;
+		err = err ?: fillers[i].err;
+		munmap(fillers[i].p, fillers[i].length);
+		free(fillers[i].doubled);
+	}
+	err = err ?: gpu_stats(fd, &stats);
+	*evicted = stats.pages_evicted;
+	return err;
+}
+
+TEST_F(life, all_of_it_in_use)
+{
+	const size_t share = self->size / 8 * 5;
+	struct other other;
+	int64_t most;
+	pid_t pid = spawn(&other);
+
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(-fill_share(&other, gpu_open(GPU_DEVICE), share, NULL, &self->result[9]));
+	EXPECT_EQ(0, fill_share(&other, self->fd, share, &most, &self->result[8]));
+	EXPECT_EQ(0, ended(&other));
+	if (self->pages >= 0)
+		EXPECT_LE(self->size / page / 8 * 7, most);
+	EXPECT_LT(0, self->result[8] + self->result[9]);
+}
+
+/* The node may come later than the module. */
+static int open_new(void)
+{
+	int fd = gpu_open(GPU_DEVICE);
+
+	for (int i = 0; i < 500 && fd < 0; i++) {
+		usleep(10 * 1000);
+		fd = gpu_open(GPU_DEVICE);
+	}
+	return fd;
+}
+
+/* The CPU looks at memory all the time, and never sees other bytes. */
+struct looker {
+	const uint8_t *p, *expect;
+	size_t length;
+	bool stop;
+	int err;
+};
+
+static void *look_thread(void *arg)
+{
+	struct looker *l = arg;
+	uint64_t seed = 1;
+
+	while (!l->err && !__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
+		size_t at = cpu_random(&seed) % l->length;
+
+		if (cpu_load(l->p + at) != l->expect[at])
+			l->err = -EBADMSG;
+		usleep(10);
+	}
+	return NULL;
+}
+
+/* With pages out, of processes that live on. Only a small memory of the device, to be quick. */
+TEST_F(life, module_removed)
+{
+	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
+	const size_t size = 4UL << 20;
+	int err;
+
+	if (access(path, R_OK))
+		SKIP(return, "no %s: DUMMY_GPU_KO=path says where the module is", path);
+	close(self->fd);
+	self->fd = -1;
+	err = module_remove();
+	if (err)
+		SKIP(return, "the module cannot be removed: %s", strerror(-err));
+	self->module = path;
+	self->pages = 0;
+	ASSERT_EQ(0, module_insert(path, size));
+	for (int round = 0; round < ROUNDS; round++) {
+		uint8_t *p = map_random(-1, self->expect, self->length, round);
+		struct looker looker = { p, self->expect, self->length, false, 0 };
+		struct other other;
+		pthread_t thread;
+		pid_t pid;
+		int fd;
+
+		/* The child inherits a half, and has its own bytes for the other. */
+		ASSERT_NE(NULL, p);
+		fd = open_new();
+		ASSERT_LE(0, fd);
+		ASSERT_EQ(PAGES, prefetch_all(fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid) {
+			close(fd);
+			fd = open_new();
+			if (fd < 0 || run(fd, gpu_fill(p, 0x5a, self->length / 2)))
+				_exit(1);
+			memset(self->expect, 0x5a, self->length / 2);
+			close(fd);
+			if (tell(&other) || hear(&other))
+				_exit(2);
+			err = cpu_differs(p, self->expect, self->length) != self->length;
+			if (err || tell(&other) || hear(&other))
+				_exit(3);
+			fd = open_new();
+			err = fd < 0 ? fd : check(fd, self->result, p, self->expect,
+						  self->length, round & 1);
+			_exit(-err);
+		}
+		ASSERT_EQ(0, hear(&other));
+		EXPECT_EQ(-EWOULDBLOCK, module_remove());
+		EXPECT_EQ(0, check_by_device(fd, self->result, p, self->expect, self->length));
+		EXPECT_EQ(0, close(fd));
+		if (instance_pages() >= 0)
+			EXPECT_LE(PAGES, instance_pages());
+		if (round & 1)
+			ASSERT_EQ(0, pthread_create(&thread, NULL, look_thread, &looker));
+		ASSERT_EQ(0, module_remove());
+		if (round & 1) {
+			__atomic_store_n(&looker.stop, true, __ATOMIC_RELEASE);
+			EXPECT_EQ(0, pthread_join(thread, NULL));
+			EXPECT_EQ(0, looker.err);
+		}
+		EXPECT_GT(0, gpu_open(GPU_DEVICE));
+		EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
+		EXPECT_EQ(0, tell(&other));
+		EXPECT_EQ(0, hear(&other));
+
+		ASSERT_EQ(0, module_insert(path, size));
+		fd = open_new();
+		ASSERT_LE(0, fd);
+		EXPECT_EQ(0, check(fd, self->result, p, self->expect, self->length, round & 1));
+		EXPECT_EQ(0, tell(&other));
+		EXPECT_EQ(0, ended(&other)) TH_LOG("round %d", round);
+		munmap(p, self->length);
+		close(fd);
+		if (instance_pages() >= 0)
+			EXPECT_TRUE(device_pages_become(0));
+	}
+}
+
+TEST_HARNESS_MAIN
