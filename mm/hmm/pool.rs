@@ -468,9 +468,10 @@ impl Pool {
     /// Makes the pages at `addresses` free.
     fn give_back(&self, addresses: impl Iterator<Item = usize>) {
         let mut slots = self.slots.lock();
-        let freed = addresses.fold(Ok(()), |freed, address| {
-            freed.and(slots.free(address >> PAGE_SHIFT))
-        });
+        let mut freed = Ok(());
+        for address in addresses {
+            freed = freed.and(slots.free(address >> PAGE_SHIFT));
+        }
         drop(slots);
         kernel::warn_on!(freed.is_err());
     }

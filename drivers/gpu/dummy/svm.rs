@@ -110,7 +110,8 @@ impl Translations {
                 Entry::Device(_) => policy != Policy::System,
                 _ => false,
             };
-            if !commit.needed().contains(va) && !(at_home && like.contains(va)) {
+            let stays = at_home && like.contains(va);
+            if !stays && !commit.needed().contains(va) {
                 continue;
             }
             new += usize::from(match entry {
