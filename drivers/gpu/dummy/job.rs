@@ -138,7 +138,11 @@ impl Job {
 
                     patience
                         .fault(steps, Instant::now())
-                        .and_then(|()| self.svm.service(fault, window))
+                        .and_then(|()| match self.svm.service(fault, window) {
+                            // The core has given up. When that is final, patience says.
+                            Err(err) if err == EBUSY => Ok(()),
+                            result => result,
+                        })
                         // A signal says nothing of the address.
                         .map_err(|err| (err, (err != EINTR).then_some(fault.va)))?;
                 }
