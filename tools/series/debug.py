@@ -26,10 +26,10 @@ def debug_kernel(kernels):
     return kernels.build(KERNEL, kernels.kunitconfig(), HERE + "/um.config", HERE + "/debug.config")
 
 
-def boot(kernels, program, name, out, args=(), extra=()):
-    """Returns (status, log). Two CPUs and a lockdep that is at work are asserted."""
+def boot(kernels, program, name, out, extra):
+    """Returns the program's status and the text of the kernel's log. Two CPUs are asserted."""
     with open(out, "wb") as f:
-        status = kernels.boot(program, args, out=f, err=f, name=name, timeout=TIMEOUT, extra=SMP + tuple(extra),
+        status = kernels.boot(program, out=f, err=f, name=name, timeout=TIMEOUT, extra=SMP + tuple(extra),
                               kernel=KERNEL)
     log = logfile(name)
     text = read(log)
