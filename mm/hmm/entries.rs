@@ -104,6 +104,9 @@ impl Entries {
 
     /// Replaces the entries of `range`, which lies in one leaf; `pfns` has one element a page.
     ///
+    /// A hole replaces nothing: what is there was not invalidated, so the page is exclusive to the
+    /// device, which mm reports as a hole.
+    ///
     /// Takes `spare` if that leaf does not exist yet.
     ///
     /// # Errors
@@ -133,7 +136,11 @@ impl Entries {
         }
         let leaf = leaf.as_mut().ok_or(ENOMEM)?;
         let slots = leaf.0.get_mut(page..page + range.pages()).ok_or(EINVAL)?;
-        for (slot, pfn) in slots.iter_mut().zip(pfns) {
+        for (slot, pfn) in slots
+            .iter_mut()
+            .zip(pfns)
+            .filter(|(_, pfn)| *pfn != Pfn::NONE)
+        {
             // INVARIANT: By the safety requirements.
             *slot = pfn;
         }

@@ -49,10 +49,18 @@ EXPORT_SYMBOL_GPL(hmm_mirror_fault);
 
 #ifdef CONFIG_RUST_HMM_DEVICE
 
+/* exclusive.rs */
+
+DECLARE_RUST(hmm_mirror_make_exclusive);
+EXPORT_SYMBOL_GPL(hmm_mirror_make_exclusive);
+
 /* pool.rs */
 
 DECLARE_RUST(hmm_pool_new);
 EXPORT_SYMBOL_GPL(hmm_pool_new);
+
+DECLARE_RUST(hmm_pool_evict);
+EXPORT_SYMBOL_GPL(hmm_pool_evict);
 
 DECLARE_RUST(hmm_pool_drop);
 EXPORT_SYMBOL_GPL(hmm_pool_drop);

@@ -33,7 +33,10 @@ use core::{
 use kernel::{
     bindings,
     error::to_result,
-    mm::MmWithUser,
+    mm::{
+        virt::VmaRef,
+        MmWithUser, //
+    },
     page::PAGE_SIZE,
     prelude::*,
     time::{
@@ -52,11 +55,11 @@ kernel::declare_trace! {
     unsafe fn hmm_fault_busy(va: c_ulong, retries: c_uint);
 }
 
-/// A request to fault pages for the device.
+/// A request to fault pages for the device, or to look at them.
 #[derive(Copy, Clone, Debug)]
 pub struct FaultRequest {
     need: PageRange,
-    access: Access,
+    access: Option<Access>,
     timeout_ms: u32,
 }
 
@@ -73,7 +76,21 @@ impl FaultRequest {
     pub fn new(need: PageRange, access: Access) -> Self {
         Self {
             need,
-            access,
+            access: Some(access),
+            timeout_ms: DEFAULT_TIMEOUT_MS,
+        }
+    }
+
+    /// Asks for what is there of `range`, without a fault.
+    ///
+    /// One call serves one window: the pages of `range` from its start to the end of the aligned
+    /// block that a [`FaultBuf`] spans, and no further than the region goes. Holes between VMAs are
+    /// reported as [`Entry::Error`].
+    #[inline]
+    pub fn snapshot(range: PageRange) -> Self {
+        Self {
+            need: range,
+            access: None,
             timeout_ms: DEFAULT_TIMEOUT_MS,
         }
     }
@@ -93,10 +110,10 @@ impl FaultRequest {
 /// It belongs to the core: what one attempt left in it is never the input of the next.
 pub struct FaultBuf {
     order: u32,
-    pfns: KVec<usize>,
+    pub(crate) pfns: KVec<usize>,
     /// The leaf to install entries in, should the region have none yet.
-    spare: Option<KBox<Leaf>>,
-    retries: u32,
+    pub(crate) spare: Option<KBox<Leaf>>,
+    pub(crate) retries: u32,
 }
 
 impl FaultBuf {
@@ -119,6 +136,18 @@ impl FaultBuf {
             spare: None,
             retries: 0,
         })
+    }
+
+    /// Brings along what is needed to install entries.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn bring_leaf(&mut self) -> Result {
+        if self.spare.is_none() {
+            self.spare = Some(Leaf::new()?);
+        }
+        Ok(())
     }
 
     /// How often the last fault threw away what it had and started again, since an invalidation
@@ -152,7 +181,7 @@ impl Deadline {
         }
     }
 
-    fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.left().is_negative()
     }
 
@@ -219,7 +248,7 @@ pub(crate) fn range_fault(
 /// entries are in the core's store already; what remains is the driver's own translations.
 pub struct Commit<'c> {
     window: PageRange,
-    needed: PageRange,
+    needed: Option<PageRange>,
     pfns: &'c [usize],
 }
 
@@ -259,6 +288,8 @@ pub enum Device<'c> {
 #[derive(Debug)]
 pub struct ReadPage<'c> {
     va: usize,
+    order: u32,
+    is_zero: bool,
     _commit: PhantomData<&'c ()>,
 }
 
@@ -266,6 +297,7 @@ pub struct ReadPage<'c> {
 #[derive(Debug)]
 pub struct WritePage<'c> {
     va: usize,
+    order: u32,
     _commit: PhantomData<&'c ()>,
 }
 
@@ -275,6 +307,19 @@ impl ReadPage<'_> {
     pub fn va(&self) -> usize {
         self.va
     }
+
+    /// The order of the naturally aligned block around the page that the CPU maps as one, as far as
+    /// the window goes: all of it is there, in one piece, with the same access.
+    #[inline]
+    pub fn order(&self) -> u32 {
+        self.order
+    }
+
+    /// Whether it is the page of zeroes that all share: nothing was ever written there.
+    #[inline]
+    pub fn is_zero(&self) -> bool {
+        self.is_zero
+    }
 }
 
 impl WritePage<'_> {
@@ -282,6 +327,12 @@ impl WritePage<'_> {
     #[inline]
     pub fn va(&self) -> usize {
         self.va
+    }
+
+    /// As [`ReadPage::order`].
+    #[inline]
+    pub fn order(&self) -> u32 {
+        self.order
     }
 }
 
@@ -292,9 +343,10 @@ impl<'c> Commit<'c> {
         self.window
     }
 
-    /// The pages that were asked for and are there now, with the access that was asked for.
+    /// The pages that were asked for and are there now, with the access that was asked for; `None`
+    /// in a snapshot.
     #[inline]
-    pub fn needed(&self) -> PageRange {
+    pub fn needed(&self) -> Option<PageRange> {
         self.needed
     }
 
@@ -304,15 +356,22 @@ impl<'c> Commit<'c> {
         self.window
             .page_addrs()
             .zip(self.pfns)
-            .map(|(va, &raw)| (va, Entry::new(va, Pfn::from_raw(raw))))
+            .map(|(va, &raw)| (va, Entry::new(self.window, va, Pfn::from_raw(raw))))
     }
 }
 
 impl Entry<'_> {
     #[inline]
-    fn new(va: usize, pfn: Pfn) -> Self {
+    fn new(window: PageRange, va: usize, pfn: Pfn) -> Self {
         let _commit = PhantomData;
-        let (read, write) = (ReadPage { va, _commit }, WritePage { va, _commit });
+        let order = clamp_order(window, va, pfn.order());
+        let read = ReadPage {
+            va,
+            order,
+            is_zero: pfn.is_zero(),
+            _commit,
+        };
+        let write = WritePage { va, order, _commit };
         match (pfn.state(), pfn.is_device()) {
             (State::Hole, _) => Self::Hole,
             (State::Error, _) => Self::Error,
@@ -324,13 +383,24 @@ impl Entry<'_> {
     }
 }
 
+/// The order of the largest aligned block around `va` that has no page outside of `window`, where
+/// what was reported may be stale; `order` at most.
+#[inline]
+pub(crate) fn clamp_order(window: PageRange, va: usize, order: u32) -> u32 {
+    let is_inside = |order: &u32| {
+        PageRange::aligned_block(va, *order)
+            .is_ok_and(|block| window.intersect(&block) == Some(block))
+    };
+    (0..=order).rev().find(is_inside).unwrap_or(0)
+}
+
 /// The VMA at `va`.
 ///
 /// # Errors
 ///
 /// [`EFAULT`] if there is none, or if its memory is secret even to the kernel, which GUP refuses
 /// too; [`EINTR`].
-fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
+pub(crate) fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
     let guard = mm.mmap_read_lock_killable()?;
     let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
     // SAFETY: The VMA is valid.
@@ -338,6 +408,19 @@ fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
         return Err(EFAULT);
     }
     PageRange::new(vma.start(), vma.end())
+}
+
+/// Whether any VMA has a part of `range`.
+///
+/// # Errors
+///
+/// [`EINTR`].
+fn is_mapped(mm: &MmWithUser, range: PageRange) -> Result<bool> {
+    let _guard = mm.mmap_read_lock_killable()?;
+    // SAFETY: The mm is valid, and mmap_lock is held.
+    let vma = unsafe { bindings::find_vma(mm.as_raw(), range.start()) };
+    // SAFETY: As above: a VMA that is found is valid.
+    Ok(!vma.is_null() && unsafe { VmaRef::from_raw(vma) }.start() < range.end())
 }
 
 /// The part of a request that one attempt is for.
@@ -351,20 +434,22 @@ struct Window<'r> {
     region: &'r Region,
     range: PageRange,
     needed: PageRange,
-    access: Access,
+    /// `None` if nothing is to be faulted.
+    access: Option<Access>,
 }
 
 impl<'r> Window<'r> {
-    /// Clips the request to a window of `2^order` pages, the region and the VMA.
+    /// Clips the request to a window of `2^order` pages, the region and `bounds`: those of the VMA
+    /// if pages are to be faulted.
     ///
     /// The VMA may change before the fault; then the fault finds out. It is looked at so that a
     /// hole after the VMA does not make what is needed fail each time.
-    fn new(region: &'r Region, vma: PageRange, req: &FaultRequest, order: u32) -> Result<Self> {
+    fn new(region: &'r Region, bounds: PageRange, req: &FaultRequest, order: u32) -> Result<Self> {
         // INVARIANT: An aligned block of at most a leaf's order lies in one leaf; the intersections
         // only shrink it. All contain the start of what is needed.
         let range = region
             .window(req.need.start(), order)?
-            .intersect(&vma)
+            .intersect(&bounds)
             .ok_or(EFAULT)?;
         Ok(Self {
             region,
@@ -372,6 +457,11 @@ impl<'r> Window<'r> {
             needed: range.intersect(&req.need).ok_or(EFAULT)?,
             access: req.access,
         })
+    }
+
+    /// Whether `pfn` is what is needed.
+    fn is_served(&self, pfn: Pfn) -> bool {
+        self.access.is_none_or(|access| pfn.allows(access))
     }
 
     /// The same, for the first page that is needed only. `None` if it is that already.
@@ -400,7 +490,7 @@ struct Snapshot<'a> {
 }
 
 impl<'a> Snapshot<'a> {
-    /// Faults what is needed and reports the window.
+    /// Faults what is needed, if anything, and reports the window.
     ///
     /// # Errors
     ///
@@ -412,26 +502,23 @@ impl<'a> Snapshot<'a> {
         deadline: &mut Deadline,
         buf: &'a mut FaultBuf,
     ) -> Result<Self> {
-        if buf.spare.is_none() {
-            buf.spare = Some(Leaf::new()?);
-        }
+        buf.bring_leaf()?;
 
         // What is needed comes first and alone: asked for one page of a range that has no page
         // table yet, mm faults the range. The rest of the window is then only looked at.
         let mut look = |range, access, owner, pfns: &mut [usize]| {
             range_fault(mm, window.region, range, access, owner, deadline, pfns)
         };
-        let access = Some(window.access);
-        let mut seq = look(window.needed, access, owner, &mut buf.pfns)?;
+        let mut seq = look(window.needed, window.access, owner, &mut buf.pfns)?;
         let mut stale = window.range != window.needed;
 
         // A page of the device that it may only read, after a fork, is reported as it is, whatever
         // was asked for. To write, a copy is needed, and that is the CPU's to make: such a page is
         // faulted as one that nobody knows, which brings it home.
         for (va, raw) in window.needed.page_addrs().zip(&mut buf.pfns) {
-            if !Pfn::from_output(*raw).allows(window.access) {
+            if !window.is_served(Pfn::from_output(*raw)) {
                 let page = PageRange::from_len(va, PAGE_SIZE)?;
-                look(page, access, null_mut(), core::slice::from_mut(raw))?;
+                look(page, window.access, null_mut(), core::slice::from_mut(raw))?;
                 stale = true;
             }
         }
@@ -468,7 +555,7 @@ impl<'a> Snapshot<'a> {
             // SAFETY: It was reported, by the type invariants, and is not stale under the lock.
             let pfn = unsafe { identify(Pfn::from_output(*raw), owner) };
             // What was needed may have gone before the window was looked at.
-            if window.needed.contains(va) && !pfn.allows(window.access) {
+            if window.needed.contains(va) && !window.is_served(pfn) {
                 return Ok(false);
             }
             *raw = pfn.into_raw();
@@ -486,15 +573,15 @@ impl<'a> Snapshot<'a> {
         }?;
         f(&Commit {
             window: window.range,
-            needed: window.needed,
+            needed: window.access.map(|_| window.needed),
             pfns,
         });
         Ok(true)
     }
 }
 
-/// Marks the page as the device's if it is one of the pool of `owner`; if it is none that the
-/// kernel can reach by the direct map, makes it an error.
+/// Marks the page as the device's if it is one of the pool of `owner`, and the page of zeroes as
+/// such; if it is none that the kernel can reach by the direct map, makes it an error.
 ///
 /// # Safety
 ///
@@ -516,7 +603,10 @@ unsafe fn identify(pfn: Pfn, owner: *mut c_void) -> Pfn {
         !bindings::is_pci_p2pdma_page(page)
             && (mapping.is_null() || !bindings::secretmem_mapping(mapping))
     };
+    // SAFETY: Safe to call for any number.
+    let is_zero = unsafe { bindings::is_zero_pfn(bindings::page_to_pfn(page)) };
     match reachable {
+        true if is_zero => pfn.with_zero(),
         true => pfn,
         false => Pfn::ERROR,
     }
@@ -526,7 +616,8 @@ impl Mirror {
     /// Faults pages for the device and calls `f` with the proof, once; returns what it returns.
     ///
     /// The pages around those of the request that lie in the same window are reported as they are,
-    /// without a fault. If the window cannot be had, its first needed page alone is tried.
+    /// without a fault. If the window cannot be had, its first needed page alone is tried. Of a
+    /// [`FaultRequest::snapshot`] nothing is faulted.
     ///
     /// # Context
     ///
@@ -540,7 +631,7 @@ impl Mirror {
     /// - [`EPERM`] if the current task's address space is another, or for a write to memory that
     ///   the process may not write.
     /// - [`EFAULT`] if there is no memory that the process may read, or if it is that of
-    ///   `memfd_secret()`.
+    ///   `memfd_secret()`; in a snapshot, if nothing at all is mapped in the window.
     /// - [`EINTR`] if the task received a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding until the time for retries was over.
     /// - [`ENOMEM`] if memory for the page, or for the region, is not to be had.
@@ -573,9 +664,17 @@ impl Mirror {
         let current = kernel::current!();
         let mm = self.current_mm(current.mm())?;
         // Before a region is made: an address where nothing is mapped leaves nothing behind.
-        let vma = vma_at(mm, req.need.start())?;
-        let region = self.region_or_insert(mm, req.need.start())?;
-        let mut window = Window::new(&region, vma, req, buf.order)?;
+        let start = req.need.start();
+        let bounds = match req.access {
+            Some(_) => vma_at(mm, start)?,
+            None => {
+                let block = PageRange::aligned_block(start, buf.order)?;
+                let range = block.intersect(&req.need).ok_or(EFAULT)?;
+                is_mapped(mm, range)?.then_some(range).ok_or(EFAULT)?
+            }
+        };
+        let region = self.region_or_insert(mm, start)?;
+        let mut window = Window::new(&region, bounds, req, buf.order)?;
         let owner = Pool::owner(self.pool());
 
         let mut deadline = Deadline::new(req.timeout_ms);

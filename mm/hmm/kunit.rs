@@ -5,6 +5,8 @@
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod device;
 mod entries;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod exclusive;
 mod fault;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub(crate) mod migrate;

@@ -20,7 +20,9 @@
 //!   [`Commit`] that it hands to the driver proves that the entries hold: it exists only under the
 //!   lock, after the sequence was checked.
 //! - A [`Commit`] gives one [`Entry`] a page, clamped to the window. A page that the device may
-//!   write is a [`WritePage`]; nothing else is. Neither a `struct page` nor a pfn leaves the core.
+//!   write is a [`WritePage`]; nothing else is. One that no CPU may access meanwhile is an
+//!   [`ExclusivePage`] ([`Mirror::make_exclusive`]). Neither a `struct page` nor a pfn leaves the
+//!   core.
 //! - A [`DevicePool`] makes a device's memory a place for pages. What is where is the core's to
 //!   know: [`Mirror::migrate_to_device`] moves pages there, the CPU's touch or a full pool moves
 //!   them back, and a device that faults a page gets it where it is. The driver copies when it is
@@ -59,6 +61,8 @@
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod copy;
 mod entries;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod exclusive;
 mod fault;
 #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
 mod kunit;
@@ -79,6 +83,8 @@ pub use copy::{
     CopyOp,
     DeviceRange, //
 };
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use exclusive::ExclusivePage;
 pub use fault::{
     Commit,
     Device,

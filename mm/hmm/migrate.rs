@@ -72,7 +72,8 @@ const GFP: bindings::gfp_t = bindings::GFP_HIGHUSER_MOVABLE | bindings::__GFP_ZE
 /// For a page of RAM that would be good to have.
 pub(crate) const GFP_TRY: bindings::gfp_t = GFP | bindings::__GFP_NORETRY | bindings::__GFP_NOWARN;
 /// For a page of RAM that was asked for, but not at the price of a process.
-const GFP_REQUEST: bindings::gfp_t = GFP | bindings::__GFP_RETRY_MAYFAIL | bindings::__GFP_NOWARN;
+pub(crate) const GFP_REQUEST: bindings::gfp_t =
+    GFP | bindings::__GFP_RETRY_MAYFAIL | bindings::__GFP_NOWARN;
 /// For a page of RAM that a CPU waits for.
 const GFP_NEED: bindings::gfp_t = GFP;
 /// For a page of RAM without which data would be lost.
@@ -393,7 +394,7 @@ impl<'a> Collected<'a, ToDevice> {
     }
 
     /// Copies the pages to those of `reservation`, as far as these go, and zeroes the device's
-    /// memory where there was nothing yet.
+    /// memory where there was nothing yet. A page without `data` stays.
     ///
     /// # Errors
     ///
@@ -401,7 +402,7 @@ impl<'a> Collected<'a, ToDevice> {
     pub(crate) fn copy(
         mut self,
         reservation: &mut Reservation<'_>,
-        data: &mut dyn FnMut() -> RawData,
+        data: &mut dyn FnMut() -> Result<RawData>,
     ) -> Result<Copied<'a, ToDevice>> {
         let locked = &mut self.0;
         if !reservation.is_of(locked.pool) {
@@ -409,13 +410,19 @@ impl<'a> Collected<'a, ToDevice> {
         }
         let mut count = 0;
         for i in 0..locked.pages {
-            if !locked.migrates(i) {
+            let src = locked.src_page(i);
+            // mm moves no page of a file to private memory, but finds that out later.
+            //
+            // SAFETY: A page that migrates is valid, and locked.
+            if !locked.migrates(i) || !(src.is_null() || unsafe { bindings::PageAnon(src) }) {
                 continue;
             }
-            let Some(folio) = reservation.folio(data) else {
+            if reservation.is_used_up() {
                 break;
+            }
+            let Some(folio) = data().ok().and_then(|data| reservation.folio(data)) else {
+                continue;
             };
-            let src = locked.src_page(i);
             let ram = match src.is_null() {
                 true => null_mut(),
                 // SAFETY: The page is valid, and one of RAM by the type invariants.
@@ -503,7 +510,7 @@ impl<'a> Collected<'a, ToRam> {
             // INVARIANT: There is no destination.
             return Ok(Copied(self.0, PhantomData));
         }
-        let mut count = 0;
+        let (mut count, mut refused) = (0, false);
         let others = (0..locked.pages).filter(|i| Some(*i) != need);
         for i in Iterator::chain(need.into_iter(), others) {
             let src = locked.src_page(i);
@@ -516,6 +523,14 @@ impl<'a> Collected<'a, ToRam> {
             // Of two that found the page to evict it the second may have locked it when the first
             // was done. What it is now is certain, since it is locked.
             if !locked.pool.is_used(device) {
+                continue;
+            }
+            // SAFETY: The page is of the pool and in use: the data is its.
+            if !unsafe { locked.pool.ops().may_move_to_ram(data_of(src)) } {
+                if Some(i) == need {
+                    return Err(ENOMEM);
+                }
+                refused = true;
                 continue;
             }
             let gfp = if Some(i) == need { GFP_NEED } else { gfp };
@@ -535,6 +550,9 @@ impl<'a> Collected<'a, ToRam> {
                 index: i,
             };
             count += 1;
+        }
+        if count == 0 && refused {
+            return Err(ENOMEM);
         }
         if let Err(err) = locked.copy(0..count, false) {
             // Perhaps it was one of them.
@@ -773,11 +791,12 @@ impl Migrated {
 impl Mirror {
     /// Migrates the pages of `range` to the memory of the device, where `pool` has or makes room.
     ///
-    /// Only private anonymous memory that may be read migrates, and none that KSM may merge. What
-    /// was never touched gets a page of zeroes there; what is swapped out stays so. Soft-dirty
-    /// tracking does not see what a device writes there. One call serves one window: from the start
-    /// of `range` to the end of the aligned block that `buf` spans, and no further than the VMA and
-    /// the region go. `data` is called for each page that gets a place.
+    /// Only private memory that may be read migrates, and none that KSM may merge: anonymous
+    /// memory, and the process's own copies of pages of a file. What was never touched gets a page
+    /// of zeroes there; what is swapped out stays so. Soft-dirty tracking does not see what a
+    /// device writes there. One call serves one window: from the start of `range` to the end of the
+    /// aligned block that `buf` spans, and no further than the VMA and the region go. `data` is
+    /// called for each page that gets a place; where that fails the page stays, which is no error.
     ///
     /// The device is told nothing of where a page is now: it has lost what it knew of the window,
     /// and faults it again.
@@ -805,11 +824,11 @@ impl Mirror {
         pool: &DevicePool<T>,
         range: PageRange,
         buf: &mut MigrateBuf,
-        mut data: impl FnMut() -> T::PageData,
+        mut data: impl FnMut() -> Result<T::PageData>,
     ) -> Result<Migrated> {
         migrate_to_device(self, pool.pool(), range, buf, &mut || {
             // SAFETY: It is for pages of `pool`, whose driver is `T`.
-            unsafe { RawData::new(data()) }
+            data().map(|data| unsafe { RawData::new(data) })
         })
     }
 
@@ -904,7 +923,7 @@ fn migrate_to_device(
     pool: &Arc<Pool>,
     range: PageRange,
     buf: &mut MigrateBuf,
-    data: &mut dyn FnMut() -> RawData,
+    data: &mut dyn FnMut() -> Result<RawData>,
 ) -> Result<Migrated> {
     let current = kernel::current!();
     let mm = mirror.current_mm(current.mm())?;
@@ -949,13 +968,25 @@ fn migratable(vma: Option<&VmaRef>, range: PageRange) -> Result<(PageRange, Opti
 fn can_migrate(vma: &VmaRef) -> bool {
     // KSM has the pages that it has merged in a tree, where a migration would replace them by the
     // device's; and reads what is in the tree.
-    let special =
-        flags::IO | flags::PFNMAP | flags::DONTEXPAND | flags::MIXEDMAP | flags::MERGEABLE;
+    let special = flags::IO
+        | flags::PFNMAP
+        | flags::DONTEXPAND
+        | flags::MIXEDMAP
+        | flags::MERGEABLE
+        | flags::HUGETLB;
     let readable = vma.flags() & (special | flags::READ) == flags::READ;
     // A migration would not ask the handler that waits for accesses.
     //
     // SAFETY: The VMA is valid.
     let trapped = unsafe { bindings::userfaultfd_rwp(vma.as_ptr()) };
+    // A private mapping of a file has copies of its pages from the first write on.
+    //
+    // SAFETY: As above. A fault may set it meanwhile.
+    let anon_vma = unsafe { (&raw const (*vma.as_ptr()).anon_vma).read_volatile() };
     // SAFETY: As above.
-    readable && !trapped && unsafe { bindings::vma_is_anonymous(vma.as_ptr()) }
+    let is_private = unsafe {
+        bindings::vma_is_anonymous(vma.as_ptr())
+            || !anon_vma.is_null() && !bindings::vma_is_dax(vma.as_ptr())
+    };
+    readable && !trapped && is_private
 }

@@ -116,7 +116,7 @@ pub struct Invalidated<'op> {
 ///
 /// `notifier` is subscribed to the range from the end of [`Region::new`] until the region is
 /// dropped. Its `invalidate_seq` is written by the notifier callback only, with `entries` locked
-/// for write.
+/// for write, and for every event but that with which a page becomes exclusive to this device.
 #[pin_data(PinnedDrop)]
 pub(crate) struct Region {
     #[pin]
@@ -221,6 +221,12 @@ impl Region {
         self.notifier.get()
     }
 
+    /// What tells the region's own events from those of others, to mm.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    pub(crate) fn as_owner(&self) -> *mut c_void {
+        (&raw const *self).cast_mut().cast()
+    }
+
     /// The aligned block of `2^order` pages around `va`, as far as the region goes.
     pub(crate) fn window(&self, va: usize, order: u32) -> Result<PageRange> {
         let block = PageRange::aligned_block(va, order)?;
@@ -258,6 +264,14 @@ impl Region {
         let blockable = unsafe { bindings::mmu_notifier_range_blockable(event) };
         // SAFETY: As above.
         let (start, end) = unsafe { ((*event).start, (*event).end) };
+        // It begins what the device has asked for, and would collide with that each time. What was
+        // reported meanwhile of the page is not wrong: it stays where it is.
+        //
+        // SAFETY: As above.
+        let is_own_exclusive = unsafe {
+            (*event).event == bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE
+                && core::ptr::eq((*event).owner.cast(), region)
+        };
 
         let mut entries = if blockable {
             region.entries.write()
@@ -269,8 +283,10 @@ impl Region {
             }
         };
 
-        // SAFETY: The notifier is inserted, and the lock is held for write.
-        unsafe { bindings::mmu_interval_set_seq(notifier, cur_seq) };
+        if !is_own_exclusive {
+            // SAFETY: The notifier is inserted, and the lock is held for write.
+            unsafe { bindings::mmu_interval_set_seq(notifier, cur_seq) };
+        }
 
         // The end of an event may be ULONG_MAX: clamp before rounding.
         let start = start.max(region.range.start());

@@ -23,10 +23,17 @@ static_assert!(VALID & FLAGS == VALID && WRITE & FLAGS == WRITE && ERROR & FLAGS
 static_assert!(VALID != 0 && WRITE != 0 && ERROR != 0);
 static_assert!(VALID & WRITE == 0 && VALID & ERROR == 0 && WRITE & ERROR == 0);
 
-/// Says of a page that it is in the memory of the device. The order is not kept, so its bits are
-/// free.
-const DEVICE: usize = 1 << bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
-static_assert!(DEVICE & FLAGS == DEVICE && DEVICE & (VALID | WRITE | ERROR) == 0);
+/// The order of the mapping, as `hmm_pfn_to_map_order()` has it.
+const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
+const ORDER: usize = 0x1f << ORDER_SHIFT;
+
+/// Says of a page that it is in the memory of the device. mm has this flag and the next for pages
+/// that are mapped for DMA, and does not set them: they would be kept from the input.
+const DEVICE: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA;
+/// Says of a page that it is the one of zeroes that all share.
+const ZERO: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA_BUS;
+static_assert!((DEVICE | ZERO | ORDER) & FLAGS == DEVICE | ZERO | ORDER);
+static_assert!((DEVICE | ZERO) & (VALID | WRITE | ERROR | ORDER) == 0 && DEVICE & ZERO == 0);
 
 /// What the device wants to do with a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -60,8 +67,7 @@ pub(crate) enum State {
 
 /// The output of `hmm_range_fault()` for a page.
 ///
-/// Neither the order nor the other flags of the C value survive: the order may reach past the range
-/// that was asked for, so nothing outside this file is to see it.
+/// Of the other flags of the C value none survives.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Zeroable)]
 #[repr(transparent)]
 pub(crate) struct Pfn(usize);
@@ -79,7 +85,7 @@ impl Pfn {
         if raw & ERROR != 0 {
             Self(ERROR)
         } else if raw & VALID != 0 {
-            Self(raw & (VALID | WRITE | !FLAGS))
+            Self(raw & (VALID | WRITE | ORDER | !FLAGS))
         } else {
             Self::NONE
         }
@@ -95,6 +101,25 @@ impl Pfn {
     #[inline]
     pub(crate) const fn is_device(self) -> bool {
         self.0 & DEVICE != 0
+    }
+
+    /// The same page, known to be the shared one of zeroes.
+    #[inline]
+    pub(crate) const fn with_zero(self) -> Self {
+        Self(self.0 | ZERO)
+    }
+
+    /// Whether the page is the shared one of zeroes.
+    #[inline]
+    pub(crate) const fn is_zero(self) -> bool {
+        self.0 & ZERO != 0
+    }
+
+    /// The order of the block that the CPU maps as one with this page. It may reach past the range
+    /// that was asked for.
+    #[inline]
+    pub(crate) const fn order(self) -> u32 {
+        ((self.0 & ORDER) >> ORDER_SHIFT) as u32
     }
 
     /// The value, for [`Pfn::from_raw`].
@@ -142,7 +167,6 @@ impl Pfn {
     }
 
     /// The pfn, if the page is there.
-    #[cfg(CONFIG_RUST_HMM_DEVICE)]
     #[inline]
     pub(crate) const fn pfn(self) -> Option<usize> {
         match self.present() {

@@ -185,6 +185,15 @@ pub trait PoolOps: Send + Sync + 'static {
     /// Writes it, for [`Mirror::write`](super::Mirror::write); as [`PoolOps::read`] for the rest.
     fn write(&self, address: usize, buf: &[u8]);
 
+    /// Whether a page may move to RAM now. May not sleep.
+    ///
+    /// If not it stays, as if there were no memory for it: a CPU that waits for it touches it
+    /// again. So this may say no for a while only.
+    #[inline]
+    fn may_move_to_ram(&self, _data: <Self::PageData as PageData>::Borrowed<'_>) -> bool {
+        true
+    }
+
     /// A page has moved to RAM; it will be freed soon. May not sleep.
     fn migrated_to_ram(
         &self,
@@ -211,6 +220,11 @@ pub(crate) trait Ops: Send + Sync {
     /// # Safety
     ///
     /// `data` is that of a page of a pool with these ops, which is not freed meanwhile.
+    unsafe fn may_move_to_ram(&self, data: *mut c_void) -> bool;
+
+    /// # Safety
+    ///
+    /// As for [`Ops::may_move_to_ram`].
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason);
 
     /// # Safety
@@ -230,6 +244,11 @@ impl<T: PoolOps> Ops for T {
 
     fn write(&self, address: usize, buf: &[u8]) {
         PoolOps::write(self, address, buf)
+    }
+
+    unsafe fn may_move_to_ram(&self, data: *mut c_void) -> bool {
+        // SAFETY: As in `migrated_to_ram()`.
+        PoolOps::may_move_to_ram(self, unsafe { T::PageData::borrow(data) })
     }
 
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason) {
@@ -649,6 +668,23 @@ impl Pool {
         unsafe { migrate::evict(self, &mut pfns[..count], gfp) }.map(Some)
     }
 
+    /// Brings home all pages in use, with as many tries as there are batches and some more.
+    fn evict_all(&self) -> Result {
+        let mut result = Ok(());
+        for _ in 0..self.used_pages() / migrate::BATCH + 8 {
+            match self.evict(migrate::GFP_REQUEST) {
+                Ok(None) => break,
+                Ok(Some(0)) => migrate::drain(),
+                Ok(Some(_)) => {}
+                Err(err) => result = Err(err),
+            }
+        }
+        match self.used_pages() {
+            0 => Ok(()),
+            _ => result.and(Err(EBUSY)),
+        }
+    }
+
     /// The pages at `addresses` are those of a process from now on. They are locked.
     pub(crate) fn settle(&self, addresses: impl Iterator<Item = usize>) {
         let mut slots = self.slots.lock();
@@ -758,8 +794,13 @@ impl Reservation<'_> {
         core::ptr::eq(&**self.pool, pool)
     }
 
-    /// Makes the next of the pages one that has the data which `data` makes, if one is left.
-    pub(crate) fn folio(&mut self, data: &mut dyn FnMut() -> RawData) -> Option<NewFolio> {
+    /// Whether no page is left.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.left().is_empty()
+    }
+
+    /// Makes the next of the pages one that has `data`, if one is left.
+    pub(crate) fn folio(&mut self, data: RawData) -> Option<NewFolio> {
         let pfn = *self.left().first()?;
         // INVARIANT: The page is not among those that are left any more.
         self.used += 1;
@@ -771,7 +812,7 @@ impl Reservation<'_> {
             bindings::zone_device_folio_init(page.cast(), bindings::page_pgmap(page), 0);
         };
         // SAFETY: The page is device-private, and ours alone.
-        unsafe { bindings::folio_set_zone_device_data(page.cast(), data().0) };
+        unsafe { bindings::folio_set_zone_device_data(page.cast(), data.0) };
         // SAFETY: mm has locked it and given it one reference.
         Some(unsafe { NewFolio::new(NonNull::new(page.cast())?) })
     }
@@ -823,6 +864,23 @@ impl<T: PoolOps> DevicePool<T> {
         })
     }
 
+    /// Brings home all pages that are in use, as before the device loses power.
+    ///
+    /// Others may come meanwhile: it is for the driver to see that none does.
+    ///
+    /// # Context
+    ///
+    /// Sleeps; holds no lock that [`PoolOps`] takes, and is no callback.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`] if some are still there, since somebody has references to them; [`ENOMEM`], and
+    /// those of [`PoolOps::copy`], if it was that why.
+    #[inline]
+    pub fn evict(&self) -> Result {
+        pool_evict(&self.pool)
+    }
+
     #[inline]
     pub(crate) fn pool(&self) -> &Arc<Pool> {
         &self.pool
@@ -846,6 +904,12 @@ fn pool_new(
     max_chunks: usize,
 ) -> Result<Arc<Pool>> {
     Pool::new(name, ops, chunk_pages, max_chunks)
+}
+
+#[inline(never)]
+#[export_name = "hmm_pool_evict"]
+fn pool_evict(pool: &Arc<Pool>) -> Result {
+    pool.evict_all()
 }
 
 #[inline(never)]

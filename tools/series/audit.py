@@ -105,11 +105,12 @@ def exported(b):
 
 
 def linked(b):
-    """The driver links to nothing else but what it may, and none of that is mm's."""
-    allowed, mm, symvers = listed("driver-symbols", reasons=False), of_mm(b), b.symvers()
-    needs = b.undefined(MODULE) - set(b.exports())
-    fail_if(["%s: the driver links to it, and it is not in audit/driver-symbols" % s for s in needs - allowed]
-            + ["%s is mm's" % s for s in (needs | allowed) & mm]
+    """The driver links to nothing else but what it may; of mm only what its own pages need."""
+    allowed, own = listed("driver-symbols", reasons=False), listed("driver-own-pages")
+    mm, symvers, needs = of_mm(b), b.symvers(), b.undefined(MODULE) - set(b.exports())
+    fail_if(["%s: the driver links to it, and it is not in audit/driver-symbols" % s for s in needs - allowed - own]
+            + ["%s is mm's" % s for s in ((needs | allowed) & mm) - own]
+            + ["%s is in audit/driver-own-pages, and the driver does not link to it" % s for s in own - needs]
             + ["%s is in audit/driver-symbols, and nothing exports it" % s for s in allowed - set(symvers)])
 
 

@@ -4,11 +4,13 @@
 import concurrent.futures
 import contextlib
 import os
+import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -148,22 +150,31 @@ def tail(log, lines=20):
     return text[max(0, first - 2):first + lines - 2]
 
 
-def ahead(items, first, then):
-    """first(item) of one after the other, and then(item, what that gave) of each in another thread
-    while first() of the next runs. Yields (item, when it began, a future)."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        last = None
-        for item in items:
+def beside(lanes, items, work):
+    """work(lane, item) of each item. The lanes go on side by side, each with its share of the items in
+    their order. Yields (item, how long it took, a future) as they come to their ends."""
+    share, ended = -(-len(items) // len(lanes)), queue.SimpleQueue()
+    stop = threading.Event()
+
+    def go(lane, mine):
+        for item in mine:
             began, future = time.monotonic(), concurrent.futures.Future()
+            if stop.is_set():
+                return
             try:
-                future = thread.submit(then, item, first(item))
-            except Failure as e:
+                future.set_result(work(lane, item))
+            except BaseException as e:      # pylint: disable=broad-except
                 future.set_exception(e)
-            if last:
-                yield last
-            last = item, began, future
-        if last:
-            yield last
+            ended.put((item, time.monotonic() - began, future))
+
+    with concurrent.futures.ThreadPoolExecutor(len(lanes)) as threads:
+        try:
+            for number, lane in enumerate(lanes):
+                threads.submit(go, lane, items[number * share:(number + 1) * share])
+            for _ in items:
+                yield ended.get()
+        finally:
+            stop.set()
 
 
 RUNNING = set()     # what run() waits for; each is a process group of its own
@@ -240,7 +251,7 @@ def identity(name, email, date):
 @contextlib.contextmanager
 def scratch(name):
     """A directory in the cache for something half done; gone afterwards, whatever happens."""
-    path = os.path.join(CACHE, "tmp", "%s.%d" % (name, os.getpid()))
+    path = os.path.join(CACHE, "tmp", "%s.%d.%d" % (name, os.getpid(), threading.get_ident()))
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(path)
     try:

@@ -4,9 +4,10 @@
 import glob
 import os
 import re
+import time
 
-from common import HERE, Failure, ahead, git, git_ok, identity, logfile, read, run
-from kernel import KUNITCONFIG
+from common import HERE, Failure, beside, git, git_ok, identity, logfile, read, run
+from kernel import KUNITCONFIG, Kernels
 
 MUTANTS = os.path.join(HERE, "mutants")
 PLANTED = os.path.join(HERE, "planted.diff")
@@ -24,12 +25,18 @@ def builds(kernels, without=True):
     kernels.kunit_build()
 
 
-def suites_pass(kernels, image=None):
-    results, _ = kernels.kunit_run(image=image)
+def suites_pass(kernels):
+    results, _ = kernels.kunit_run()
     bad = ["%s %s" % r for r in results if r[1] not in ("PASS", "SKIP")]
     if bad:
-        raise Failure("these tests fail: " + ", ".join(bad), logfile("kunit"))
+        raise Failure("these tests fail: " + ", ".join(bad), logfile("kunit" + kernels.lane))
     return results
+
+
+def lanes(base, head, kernels, worktree):
+    """Two trees with their builds, [(name, kernels)]: most of a step is rustc, which takes one CPU."""
+    second = Kernels(worktree(base, "src-2", head), kernels.tc, kernels.out + "-2", "-2")
+    return [("src", kernels), ("src-2", second)]
 
 
 def bisect_step(kernels):
@@ -53,20 +60,19 @@ def walk(tally, base, head, kernels, worktree):
         return not number or not git_ok(base.repo, "diff", "--quiet", commits[number - 1], commits[number], "--",
                                         ".", *(":!" + pattern for pattern in but))
 
-    def build(commit):
-        """The kernel to boot, or None where the commit changes nothing that one is made of."""
-        number = commits.index(commit)
-        if not changes(number, NO_KERNEL):
-            return None
-        worktree(base, "src", commit)
-        builds(kernels, changes(number, NO_KERNEL + ONLY_RUST))
-        return kernels.kunit_image(number)
+    def check(lane, commit):
+        """Nothing where the commit changes nothing that a kernel is made of."""
+        number, (name, own) = commits.index(commit), lane
+        if changes(number, NO_KERNEL):
+            worktree(base, name, commit)
+            builds(own, changes(number, NO_KERNEL + ONLY_RUST))
+            suites_pass(own)
 
-    for commit, began, booted in ahead(commits, build, lambda _, image: image and suites_pass(kernels, image)):
+    for commit, took, done in beside(lanes(base, head, kernels, worktree), commits, check):
         subject = git(base.repo, "log", "-1", "--format=%s", commit)
         name = "bisect: %d/%d %s" % (commits.index(commit) + 1, len(commits), subject)
-        with tally.test(name[:62], began):
-            booted.result()
+        with tally.test(name[:62], time.monotonic() - took):
+            done.result()
 
 
 def diff_of(path):
@@ -128,11 +134,11 @@ def was_running(log, suite):
     return not any(re.match(r"\s*(not )?ok \d+ ", l) for l in lines[start:])
 
 
-def verdict(kernels, test, image):
+def verdict(kernels, test):
     """PASS, SKIP, FAIL (also: the kernel went down, or hung, in that test) or what else happened."""
     suite = test.split(".")[0]
     try:
-        results, log = kernels.kunit_run(test, timeout=MUTANT_TIMEOUT, image=image)
+        results, log = kernels.kunit_run(test, timeout=MUTANT_TIMEOUT)
     except Failure:
         results, log = [], ""
     own = [s for name, s in results if name == test or name.startswith(test + ".")]
@@ -159,24 +165,22 @@ def mutants(tally, base, head, kernels, worktree):
         if missing:
             raise Failure("these do not pass: " + " ".join(missing), logfile("kunit"))
 
-    def build(path):
+    def check(lane, path):
+        name, own = lane
         if not diff_of(path)[1]:
             raise Failure("%s names no test (Test: suite.test)" % path)
-        src = worktree(base, "src", head)
+        src = worktree(base, name, head)
         if run(["git", "-C", src, "apply", path], "mutants", check=False):
             raise Failure("%s does not apply" % path, logfile("mutants"))
-        kernels.kunit_build()
-        return kernels.kunit_image(files.index(path))
-
-    def boot(path, image):
+        own.kunit_build()
         for test in diff_of(path)[1]:
             if test not in unbroken:
                 raise Failure("%s does not pass without the mutant" % test)
-            got = verdict(kernels, test, image)
+            got = verdict(own, test)
             if got != "FAIL":
-                raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit"))
+                raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit" + own.lane))
 
-    for path, began, booted in ahead(files, build, boot):
-        with tally.test("mutant: " + os.path.basename(path)[:-5], began):
-            booted.result()
+    for path, took, done in beside(lanes(base, head, kernels, worktree), files, check):
+        with tally.test("mutant: " + os.path.basename(path)[:-5], time.monotonic() - took):
+            done.result()
     worktree(base, "src", head)

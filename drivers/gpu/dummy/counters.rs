@@ -105,6 +105,9 @@ impl Counters {
 pub(crate) struct Account {
     file: Counters,
     instance: Arc<Counters>,
+    /// Whether the next page that is to move for this file is to find no memory: a test asks so.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    fails: Atomic<bool>,
 }
 
 impl Account {
@@ -113,7 +116,27 @@ impl Account {
         Self {
             file: Counters::new(),
             instance,
+            #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+            fails: Atomic::new(false),
         }
+    }
+
+    /// Lets the next page that is to move find no memory, or not.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    pub(crate) fn fail_next(&self, fails: bool) {
+        self.fails.store(fails, Relaxed);
+    }
+
+    /// Whether this page is to find no memory. The next one then does.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    pub(crate) fn fails(&self) -> bool {
+        self.fails.load(Relaxed) && self.fails.xchg(false, Relaxed)
+    }
+
+    /// Nobody asks so.
+    #[cfg(all(CONFIG_RUST_HMM_DEVICE, not(CONFIG_DUMMY_GPU_DMIRROR)))]
+    pub(crate) fn fails(&self) -> bool {
+        false
     }
 
     /// The counters of the file.

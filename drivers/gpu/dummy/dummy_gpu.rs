@@ -5,6 +5,7 @@
 //! It tests the Rust HMM core and shows how a driver uses it. Each layer is a file and calls only
 //! those below it:
 //!
+//! - `dmirror`: nodes with the ioctls of the HMM test driver.
 //! - `gpu`: the instances and their open files.
 //! - `uapi`, `debugfs`: ioctls, and counters to read.
 //! - `job`: one submission; the engine's turns and the submitting task's.
@@ -25,6 +26,8 @@
 mod command;
 mod counters;
 mod debugfs;
+#[cfg_attr(not(CONFIG_DUMMY_GPU_DMIRROR), path = "nodmirror.rs")]
+mod dmirror;
 mod engine;
 mod gpu;
 mod job;
@@ -35,7 +38,10 @@ mod uapi;
 #[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "novram.rs")]
 mod vram;
 
-use gpu::Instance;
+use gpu::{
+    Gpu,
+    Instance, //
+};
 use kernel::{
     prelude::*,
     sizes::SZ_1M, //
@@ -57,6 +63,8 @@ module! {
 #[pin_data]
 struct DummyGpu {
     #[pin]
+    _dmirror: dmirror::Nodes,
+    #[pin]
     _gpu0: Instance,
     #[pin]
     _gpu1: Instance,
@@ -64,16 +72,21 @@ struct DummyGpu {
 
 impl kernel::InPlaceModule for DummyGpu {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
-        let root = kernel::debugfs::Dir::new(c"dummy_gpu");
-        let vram_size = if cfg!(CONFIG_RUST_HMM_DEVICE) {
-            module_parameters::vram_mb.value() as usize * SZ_1M
-        } else {
-            0
-        };
+        pin_init::pin_init_scope(|| {
+            let root = kernel::debugfs::Dir::new(c"dummy_gpu");
+            let vram_size = if cfg!(CONFIG_RUST_HMM_DEVICE) {
+                module_parameters::vram_mb.value() as usize * SZ_1M
+            } else {
+                0
+            };
+            let gpu0 = Gpu::new(c"dummy_gpu0", &root, vram_size)?;
+            let gpu1 = Gpu::new(c"dummy_gpu1", &root, vram_size)?;
 
-        try_pin_init!(Self {
-            _gpu0 <- Instance::new(c"dummy_gpu0", &root, vram_size),
-            _gpu1 <- Instance::new(c"dummy_gpu1", &root, vram_size),
+            Ok(try_pin_init!(Self {
+                _gpu0 <- Instance::new(c"dummy_gpu0", gpu0.clone()),
+                _gpu1 <- Instance::new(c"dummy_gpu1", gpu1.clone()),
+                _dmirror <- dmirror::Nodes::new(gpu0, gpu1),
+            }? Error))
         })
     }
 }

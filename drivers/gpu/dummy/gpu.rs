@@ -36,6 +36,31 @@ pub(crate) struct Gpu {
     vram: Option<Arc<Vram>>,
 }
 
+impl Gpu {
+    /// Makes a GPU with `vram_size` bytes of memory, and a directory in `root` of debugfs.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if the memory is too large, [`ENOMEM`].
+    pub(crate) fn new(
+        name: &'static CStr,
+        root: &debugfs::Dir,
+        vram_size: usize,
+    ) -> Result<Arc<Self>> {
+        let vram = match vram_size {
+            0 => None,
+            size => Some(Arc::new(Vram::new(name, size)?, GFP_KERNEL)?),
+        };
+        let gpu = Self {
+            counters: Arc::new(Counters::new(), GFP_KERNEL)?,
+            dir: InstanceDir::new(root, name),
+            vram,
+        };
+
+        Ok(Arc::new(gpu, GFP_KERNEL)?)
+    }
+}
+
 /// An instance of the device.
 #[pin_data]
 pub(crate) struct Instance {
@@ -48,36 +73,18 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    /// Registers an instance, with its directory in `root` of debugfs and `vram_size` bytes of
-    /// memory.
+    /// Registers an instance.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`], [`ENODEV`], and those of `misc_register()`.
-    pub(crate) fn new<'a>(
-        name: &'static CStr,
-        root: &'a debugfs::Dir,
-        vram_size: usize,
-    ) -> impl PinInit<Self, Error> + 'a {
+    pub(crate) fn new(name: &'static CStr, gpu: Arc<Gpu>) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
-            let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
-            let dir = InstanceDir::new(root, name);
             let device = faux::Registration::new(name, None)?;
-            let vram = match vram_size {
-                0 => None,
-                size => Some(Arc::new(Vram::new(name, size)?, GFP_KERNEL)?),
-            };
 
             Ok(try_pin_init!(Self {
-                _stats <- dir.instance(counters.clone()),
-                _node <- MiscDeviceRegistration::register(
-                    MiscDeviceOptions { name },
-                    Gpu {
-                        counters,
-                        dir,
-                        vram,
-                    },
-                ),
+                _stats <- gpu.dir.instance(gpu.counters.clone()),
+                _node <- MiscDeviceRegistration::register(MiscDeviceOptions { name }, gpu.clone()),
                 _device: device,
             }? Error))
         })
@@ -92,13 +99,13 @@ pub(crate) struct OpenFile {
     _stats: debugfs::File<Arc<Svm>>,
 }
 
-#[vtable]
-impl MiscDevice for OpenFile {
-    type Ptr = Pin<KBox<Self>>;
-    type RegistrationData = Gpu;
-
-    fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
-        let gpu = misc.data();
+impl OpenFile {
+    /// Opens the address space of the current task to `gpu`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Svm::new`].
+    pub(crate) fn new(gpu: &Gpu) -> Result<Pin<KBox<Self>>> {
         let account = Arc::new(Account::new(gpu.counters.clone()), GFP_KERNEL_ACCOUNT)?;
         let svm = Svm::new(account, gpu.vram.clone())?;
         let name = gpu.dir.name_file()?;
@@ -112,7 +119,22 @@ impl MiscDevice for OpenFile {
         )
     }
 
+    /// The address space.
+    pub(crate) fn svm(&self) -> &Arc<Svm> {
+        &self.svm
+    }
+}
+
+#[vtable]
+impl MiscDevice for OpenFile {
+    type Ptr = Pin<KBox<Self>>;
+    type RegistrationData = Arc<Gpu>;
+
+    fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
+        Self::new(&misc.data())
+    }
+
     fn ioctl(this: Pin<&Self>, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
-        uapi::ioctl(&this.get_ref().svm, cmd, arg)
+        uapi::ioctl(this.get_ref().svm(), cmd, arg)
     }
 }

@@ -141,7 +141,7 @@ impl Job {
                         .and_then(|()| match self.svm.service(fault, window) {
                             // The core has given up. When that is final, patience says.
                             Err(err) if err == EBUSY => Ok(()),
-                            result => result,
+                            result => result.map(drop),
                         })
                         // A signal says nothing of the address.
                         .map_err(|err| (err, (err != EINTR).then_some(fault.va)))?;

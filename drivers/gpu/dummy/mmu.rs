@@ -6,9 +6,16 @@
 //! addresses, and the core is the only one that could give them a meaning: see `mm/hmm`. So this
 //! file knows the proofs that `hmm` hands out for a page, and nothing else of the layers around it.
 //!
-//! The table of each 2 MiB that is in use is a pair of bitmaps. Tables are allocated before a lock
+//! The table of each 2 MiB that is in use is a few bitmaps. Tables are allocated before a lock
 //! is taken, and are handed over to the page table while it is locked: mapping cannot fail.
 
+use core::cmp::Ordering::{
+    Equal,
+    Greater,
+    Less, //
+};
+#[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+use hmm::ExclusivePage;
 use hmm::{
     Access,
     PageRange,
@@ -56,17 +63,24 @@ fn set(bits: &mut Bits, page: usize) {
     }
 }
 
+/// The bits of word `index` that are among those from `first` to `end`, exclusive.
+fn mask(index: usize, first: usize, end: usize) -> u64 {
+    let low = first.saturating_sub(index * 64).min(64) as u32;
+    let high = end.saturating_sub(index * 64).min(64) as u32;
+    if low < high {
+        (u64::MAX >> (64 - (high - low))) << low
+    } else {
+        0
+    }
+}
+
 /// Clears the bits from `first` to `end`, exclusive, and returns how many of them were set.
 fn clear(bits: &mut Bits, first: usize, end: usize) -> usize {
     let mut cleared = 0;
     for (index, word) in bits.iter_mut().enumerate() {
-        let low = first.saturating_sub(index * 64).min(64) as u32;
-        let high = end.saturating_sub(index * 64).min(64) as u32;
-        if low < high {
-            let mask = (u64::MAX >> (64 - (high - low))) << low;
-            cleared += (*word & mask).count_ones() as usize;
-            *word &= !mask;
-        }
+        let mask = mask(index, first, end);
+        cleared += (*word & mask).count_ones() as usize;
+        *word &= !mask;
     }
     cleared
 }
@@ -75,28 +89,31 @@ fn clear(bits: &mut Bits, first: usize, end: usize) -> usize {
 ///
 /// # Invariants
 ///
-/// Every page of `writable` is in `present` too.
+/// Every page of `exclusive` is in `writable` too, and every page of that in `present`.
 struct Table {
     present: Bits,
     writable: Bits,
+    exclusive: Bits,
 }
 
 impl Table {
     const EMPTY: Self = Self {
         present: [0; WORDS],
         writable: [0; WORDS],
+        exclusive: [0; WORDS],
     };
 
     fn is_empty(&self) -> bool {
         self.present.iter().all(|word| *word == 0)
     }
 
-    /// Maps `page` for `access`, or takes away the right to write if it was mapped for more.
-    /// Returns whether the page was not mapped at all.
+    /// Maps `page` for `access`, or takes away the right to do more. Returns whether the page was
+    /// not mapped at all.
     fn map(&mut self, page: usize, access: Access) -> bool {
         let new = !is_set(&self.present, page);
 
         set(&mut self.present, page);
+        clear(&mut self.exclusive, page, page + 1);
         match access {
             // INVARIANT: `page` is in `present`.
             Access::Write => set(&mut self.writable, page),
@@ -104,6 +121,16 @@ impl Table {
                 clear(&mut self.writable, page, page + 1);
             }
         }
+        new
+    }
+
+    /// As [`Table::map`], for writing and for atomic operations.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    fn map_exclusive(&mut self, page: usize) -> bool {
+        let new = self.map(page, Access::Write);
+
+        // INVARIANT: `page` is in `writable`.
+        set(&mut self.exclusive, page);
         new
     }
 
@@ -116,7 +143,8 @@ impl Table {
 
     /// Unmaps the pages from `first` to `end`, exclusive, and returns how many were mapped.
     fn unmap(&mut self, first: usize, end: usize) -> usize {
-        // INVARIANT: The same pages go from both.
+        // INVARIANT: The same pages go from all.
+        clear(&mut self.exclusive, first, end);
         clear(&mut self.writable, first, end);
         clear(&mut self.present, first, end)
     }
@@ -130,6 +158,22 @@ fn key_of(va: usize) -> usize {
 /// The index in its table of the page that contains `va`.
 fn index_of(va: usize) -> usize {
     (va % TABLE_SIZE) >> PAGE_SHIFT
+}
+
+/// The pages of the table `key` that are in `range`: the first of them, and the one after the last.
+fn part(key: usize, range: PageRange) -> (usize, usize) {
+    let last = range.end() - 1;
+    let first_page = match key.cmp(&key_of(range.start())) {
+        Less => TABLE_PAGES,
+        Equal => index_of(range.start()),
+        Greater => 0,
+    };
+    let end_page = match key.cmp(&key_of(last)) {
+        Less => TABLE_PAGES,
+        Equal => index_of(last) + 1,
+        Greater => 0,
+    };
+    (first_page, end_page)
 }
 
 /// Memory for a table, allocated before the lock of the page table is taken.
@@ -180,6 +224,16 @@ impl Mmu {
             .is_some_and(|table| table.allows(index_of(va), access))
     }
 
+    /// Whether the GPU may operate atomically on any page of `range`.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    pub(crate) fn any_exclusive(&self, range: PageRange) -> bool {
+        self.tables.iter().any(|(&key, table)| {
+            let (first, end) = part(key, range);
+            let mut words = table.exclusive.iter().enumerate();
+            words.any(|(index, word)| word & mask(index, first, end) != 0)
+        })
+    }
+
     /// Unmaps `range` and returns the number of pages that were mapped.
     pub(crate) fn unmap(&mut self, range: PageRange) -> usize {
         let last = key_of(range.end() - 1);
@@ -192,17 +246,8 @@ impl Mmu {
                 break;
             }
 
-            let first_page = if key == key_of(range.start()) {
-                index_of(range.start())
-            } else {
-                0
-            };
-            let end_page = if key == last {
-                index_of(range.end() - 1) + 1
-            } else {
-                TABLE_PAGES
-            };
-            unmapped += table.unmap(first_page, end_page);
+            let (first, end) = part(key, range);
+            unmapped += table.unmap(first, end);
 
             cursor = if table.is_empty() {
                 // Falls back to the table before it when there is none after it.
@@ -236,6 +281,17 @@ impl TableMut<'_> {
     /// Maps a page for reading and writing.
     pub(crate) fn map_writable(&mut self, page: &WritePage<'_>) -> bool {
         self.set(page.va(), Access::Write)
+    }
+
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    fn set_exclusive(&mut self, va: usize) -> bool {
+        key_of(va) == self.key && self.table.map_exclusive(index_of(va))
+    }
+
+    /// Maps a page for reading, writing and atomic operations.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    pub(crate) fn map_exclusive(&mut self, page: &ExclusivePage<'_>) -> bool {
+        self.set_exclusive(page.va())
     }
 }
 
@@ -290,6 +346,31 @@ mod tests {
         assert!(map(&mut mmu, va(0, 5), Access::Write)?);
         assert!(mmu.lookup(va(0, 5), Access::Read));
         assert!(mmu.lookup(va(0, 5), Access::Write));
+        Ok(())
+    }
+
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    #[test]
+    fn an_exclusive_page_is_so_until_it_is_mapped_otherwise_or_unmapped() -> Result {
+        let mut mmu = Mmu::new();
+        let page = pages(va(0, 5), 1)?;
+        let exclusive = |mmu: &mut Mmu| -> Result<bool> {
+            let spare = SpareTable::new()?;
+            Ok(mmu.table(page.start(), spare).set_exclusive(page.start()))
+        };
+
+        assert!(exclusive(&mut mmu)?);
+        assert!(mmu.lookup(page.start(), Access::Write));
+        assert!(mmu.any_exclusive(pages(va(0, 0), 2 * TABLE_PAGES)?));
+        assert!(!mmu.any_exclusive(pages(va(0, 0), 5)?));
+        assert!(!mmu.any_exclusive(pages(va(0, 6), TABLE_PAGES)?));
+
+        assert!(!map(&mut mmu, page.start(), Access::Write)?);
+        assert!(!mmu.any_exclusive(page));
+        assert!(!exclusive(&mut mmu)?);
+        assert_eq!(mmu.unmap(page), 1);
+        assert!(!mmu.any_exclusive(page));
+        assert!(mmu.tables.is_empty());
         Ok(())
     }
 

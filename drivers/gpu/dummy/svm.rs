@@ -111,7 +111,8 @@ impl Translations {
                 _ => false,
             };
             let stays = at_home && like.contains(va);
-            if !stays && !commit.needed().contains(va) {
+            let is_needed = commit.needed().is_some_and(|needed| needed.contains(va));
+            if !stays && !is_needed {
                 continue;
             }
             new += usize::from(match entry {
@@ -305,7 +306,8 @@ impl Svm {
 
     /// Services a GPU page fault: maps the page of `fault.va` and, as far as the window around it
     /// goes, the rest of the operand, once they are where they should be. Pages of the window that
-    /// the process has already are mapped too, if they are where they should be.
+    /// the process has already are mapped too, if they are where they should be. Returns the
+    /// address up to which the operand is mapped.
     ///
     /// # Context
     ///
@@ -319,7 +321,7 @@ impl Svm {
     /// - [`EINTR`] on a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding.
     /// - [`ENOMEM`].
-    pub(crate) fn service(&self, fault: Fault, window: &mut Window) -> Result {
+    pub(crate) fn service(&self, fault: Fault, window: &mut Window) -> Result<usize> {
         let account = self.account();
         account.add(Counter::Faults, 1);
 
@@ -329,7 +331,8 @@ impl Svm {
         let request = FaultRequest::new(need, fault.access);
         let spare = SpareTable::new()?;
         let result = self.mirror.fault(request, &mut window.faults, |commit| {
-            self.translations.map(commit, spare, like)
+            self.translations.map(commit, spare, like);
+            commit.needed().map_or(need.end(), |needed| needed.end())
         });
 
         account.add(Counter::Retries, window.faults.retries() as usize);
@@ -337,6 +340,92 @@ impl Svm {
             account.add(Counter::Windows, 1);
         }
         result
+    }
+}
+
+/// What only the nodes of the HMM test driver use.
+#[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+impl Svm {
+    /// Faults all pages of `range`, a window at a time.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Svm::service`].
+    pub(crate) fn fault_in(&self, range: PageRange, access: Access, window: &mut Window) -> Result {
+        let mut va = range.start();
+
+        while va < range.end() {
+            let len = range.end() - va;
+            va = self.service(Fault { va, access, len }, window)?;
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with what is there of the start of `range`, as far as one window goes, without a
+    /// fault.
+    ///
+    /// # Context
+    ///
+    /// As for [`Svm::service`]; for `f`, as for [`Mirror::fault`].
+    ///
+    /// # Errors
+    ///
+    /// [`EFAULT`] if nothing at all is mapped in the window, [`EINTR`] on a fatal signal,
+    /// [`EBUSY`] if invalidations kept colliding, [`ENOMEM`].
+    pub(crate) fn snapshot<R>(
+        &self,
+        range: PageRange,
+        window: &mut Window,
+        f: impl FnOnce(&Commit<'_>) -> R,
+    ) -> Result<R> {
+        let request = FaultRequest::snapshot(range);
+
+        self.mirror.fault(request, &mut window.faults, f)
+    }
+
+    /// Maps those pages at the start of `range` that are in the GPU's memory, as far as one window
+    /// goes. Returns where that ends.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Svm::snapshot`].
+    pub(crate) fn map_device_pages(&self, range: PageRange, window: &mut Window) -> Result<usize> {
+        let spare = SpareTable::new()?;
+
+        self.snapshot(range, window, |commit| {
+            self.translations
+                .map(commit, spare, (range, Policy::Device));
+            commit.range().end()
+        })
+    }
+
+    /// Maps the page of `va` for the GPU alone.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Mirror::make_exclusive`].
+    pub(crate) fn make_exclusive(&self, va: usize, window: &mut Window) -> Result {
+        let spare = SpareTable::new()?;
+
+        self.mirror.make_exclusive(va, &mut window.faults, |page| {
+            let mut mmu = self.translations.mmu.lock();
+            let new = mmu.table(page.va(), spare).map_exclusive(page);
+            self.account().add(Counter::PagesMapped, new.into());
+        })
+    }
+
+    /// Whether any page of `range` is mapped for the GPU alone.
+    pub(crate) fn any_exclusive(&self, range: PageRange) -> bool {
+        self.translations.mmu.lock().any_exclusive(range)
+    }
+
+    /// Moves all that is in the GPU's memory to RAM, also what is of other processes.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the GPU has no memory; [`EBUSY`] if some pages do not come, [`ENOMEM`].
+    pub(crate) fn evict(&self) -> Result {
+        self.vram.as_ref().ok_or(ENODEV)?.evict()
     }
 }
 

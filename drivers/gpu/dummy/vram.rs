@@ -106,9 +106,12 @@ impl Vram {
         account: &Arc<Account>,
     ) -> Result<Migrated> {
         let moved = mirror.migrate_to_device(&self.pool, range, buf, || {
+            if account.fails() {
+                return Err(ENOMEM);
+            }
             // Taken back when the page is freed, wherever it went.
             account.add(Counter::DevicePages, 1);
-            account.clone()
+            Ok(account.clone())
         })?;
 
         account.add(Counter::PagesToDevice, moved.pages());
@@ -127,6 +130,16 @@ impl Vram {
         buf: &mut MoveBuf,
     ) -> Result<Migrated> {
         mirror.migrate_to_ram(range, buf)
+    }
+
+    /// Moves all that is here to RAM, whosever it is.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DevicePool::evict`].
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    pub(crate) fn evict(&self) -> Result {
+        self.pool.evict()
     }
 }
 
@@ -222,6 +235,10 @@ impl PoolOps for Words {
                 }
             }
         });
+    }
+
+    fn may_move_to_ram(&self, account: ArcBorrow<'_, Account>) -> bool {
+        !account.fails()
     }
 
     fn migrated_to_ram(&self, account: ArcBorrow<'_, Account>, reason: MigrateReason) {

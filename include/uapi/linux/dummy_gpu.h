@@ -260,8 +260,9 @@ struct dummy_gpu_stats {
 /**
  * DOC: Placement
  *
- * Private anonymous memory can be in the device's own memory, in RAM or, page
- * by page, in both; other memory is always in RAM, and so is what KSM may merge
+ * Private memory can be in the device's own memory, in RAM or, page by page, in
+ * both: anonymous memory, and what a process has written of a file that it has
+ * mapped privately. Other memory is always in RAM, and so is what KSM may merge
  * (MADV_MERGEABLE). What a program reads and writes is the same. A page moves
  * to the device's memory when a GPU page fault is serviced and the policy of
  * its address says so, or when PREFETCH does; it moves back when a CPU touches

@@ -5,6 +5,7 @@
 use super::{
     super::{
         fault::{
+            clamp_order,
             Commit,
             Device,
             Entry,
@@ -51,6 +52,27 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> 
                 Entry::Ram(Ram::Write(_)) => b'w',
                 Entry::Device(Device::Read(_)) => b'R',
                 Entry::Device(Device::Write(_)) => b'W',
+            };
+            let _ = letters.push_within_capacity(letter);
+        }
+    })?;
+    Ok(letters)
+}
+
+/// Looks at `range`; the entries as letters, as in [`fault`], and `z` for the page of zeroes.
+fn snapshot(mirror: &Mirror, range: PageRange) -> Result<KVec<u8>> {
+    let mut buf = FaultBuf::new(3)?;
+    let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
+    mirror.fault(FaultRequest::snapshot(range), &mut buf, |commit| {
+        assert!(commit.needed().is_none());
+        for (_, entry) in commit.entries() {
+            let letter = match entry {
+                Entry::Hole => b'h',
+                Entry::Error => b'e',
+                Entry::Ram(Ram::Read(page)) if page.is_zero() => b'z',
+                Entry::Ram(Ram::Read(_)) => b'r',
+                Entry::Ram(Ram::Write(_)) => b'w',
+                Entry::Device(_) => b'd',
             };
             let _ = letters.push_within_capacity(letter);
         }
@@ -285,6 +307,89 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_faults_nothing_and_tells_what_is_there() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            assert_eq!(&snapshot(&mirror, window)?[..], b"hhhhhhhh");
+            user_write(page(window, 1)?.start(), 1)?;
+            user_read(page(window, 2)?.start())?;
+            for _ in 0..2 {
+                assert_eq!(&snapshot(&mirror, window)?[..], b"hwzhhhhh");
+            }
+            // What is there can be used, as after a fault.
+            assert!(mirror.write(page(window, 1)?.start(), &[2]).is_ok());
+            assert!(mirror.read(page(window, 2)?.start(), &mut [0]).is_ok());
+            assert!(mirror.read(page(window, 3)?.start(), &mut [0]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_snapshot_goes_over_holes_and_memory_that_may_not_be_read() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            user_write(page(window, 7)?.start(), 1)?;
+            mm.munmap(window.start(), 3 * PAGE_SIZE)?;
+            assert_eq!(&snapshot(&mirror, window)?[..], b"eeehhhhw");
+            let none = map_window(mm, Prot::None)?;
+            assert_eq!(&snapshot(&mirror, none)?[..], b"eeeeeeee");
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_snapshot_has_the_range_and_no_more() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            user_write(page(window, 2)?.start(), 1)?;
+            let two = PageRange::from_len(page(window, 2)?.start(), 2 * PAGE_SIZE)?;
+            assert_eq!(&snapshot(&mirror, two)?[..], b"wh");
+            // To the end of the aligned block.
+            let long = PageRange::from_len(two.start(), 2 * window.len())?;
+            assert_eq!(&snapshot(&mirror, long)?[..], b"whhhhh");
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_snapshot_of_nothing_is_efault_and_leaves_no_region() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(Recorder::new()?)?;
+            let far = window.start() - (PAGE_SIZE << (REGION_ORDER + 1));
+            let range = PageRange::from_len(far, window.len())?;
+            assert_eq!(snapshot(&mirror, range).err(), Some(EFAULT));
+            assert!(mirror.region(far).is_none());
+            mm.munmap(window.start(), window.len())?;
+            assert_eq!(snapshot(&mirror, window).err(), Some(EFAULT));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn the_order_of_a_page_does_not_reach_past_the_window() -> Result {
+        let block = |first: usize, pages: usize| {
+            PageRange::from_len((1024 + first) * PAGE_SIZE, pages * PAGE_SIZE)
+        };
+        let whole = block(0, 8)?;
+        for va in whole.page_addrs() {
+            for order in 0..=3 {
+                assert_eq!(clamp_order(whole, va, order), order);
+            }
+            assert_eq!(clamp_order(whole, va, 9), 3);
+            assert_eq!(clamp_order(whole, va, 31), 3);
+        }
+        let part = block(1, 6)?;
+        for (va, order) in part.page_addrs().zip([0, 1, 1, 1, 1, 0]) {
+            assert_eq!(clamp_order(part, va, 9), order);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn an_invalidation_before_the_commit_makes_the_loop_retry() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
@@ -367,7 +472,7 @@ mod tests {
             let (range, needed) =
                 mirror.fault(req, &mut buf, |commit| (commit.range(), commit.needed()))?;
             assert_eq!(range.pages(), 2);
-            assert!(needed == page(window, 1)?);
+            assert!(needed == Some(page(window, 1)?));
             Ok(())
         })
     }

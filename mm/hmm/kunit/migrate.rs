@@ -111,7 +111,7 @@ impl Setup {
     fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
         let migrated = self
             .mirror
-            .migrate_to_device(&self.pool, range, &mut self.buf, || 1);
+            .migrate_to_device(&self.pool, range, &mut self.buf, || Ok(1));
         migrated.map(|migrated| migrated.pages())
     }
 
@@ -145,7 +145,7 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<usize> {
                 Entry::Device(Device::Write(_)) => true,
                 _ => false,
             };
-            allowed && needed.contains(*va)
+            allowed && needed.is_some_and(|needed| needed.contains(*va))
         });
         device.count()
     })
@@ -186,9 +186,9 @@ fn user_has(va: usize, byte: u8) -> Result<bool> {
 }
 
 /// Page data for the pool of a [`Setup`].
-fn number() -> RawData {
+fn number() -> Result<RawData> {
     // SAFETY: Its page data is a `u64`.
-    unsafe { RawData::new(5u64) }
+    Ok(unsafe { RawData::new(5u64) })
 }
 
 fn first_byte(mirror: &Mirror, va: usize) -> Option<u8> {
@@ -354,7 +354,7 @@ mod tests {
                 mut buf,
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            mirror.migrate_to_device(&pool, window, &mut buf, || 1)?;
+            mirror.migrate_to_device(&pool, window, &mut buf, || Ok(1))?;
             device.most.store(0, Relaxed);
             let repaired = device.clone();
             system_dfl().try_spawn(GFP_KERNEL, move || {
@@ -508,7 +508,7 @@ mod tests {
             }
             let spare = data()?;
             mirror.migrate_to_device(&pool, window, &mut buf, || {
-                made.pop().unwrap_or(spare.clone())
+                Ok(made.pop().unwrap_or(spare.clone()))
             })?;
             assert!(made.is_empty());
             assert_eq!(dropped.load(Relaxed), 0);
@@ -619,7 +619,7 @@ mod tests {
                 mut buf,
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            mirror.migrate_to_device(&pool, window, &mut buf, || 1)?;
+            mirror.migrate_to_device(&pool, window, &mut buf, || Ok(1))?;
             assert_eq!(fault(&mirror, window, Access::Write)?, WINDOW);
             assert!(mirror.write(window.start(), &[77; PAGE_SIZE]).is_ok());
             drop(pool);
@@ -734,7 +734,7 @@ mod tests {
             let migrated =
                 setup
                     .mirror
-                    .migrate_to_device(&other.pool, window, &mut setup.buf, || 1);
+                    .migrate_to_device(&other.pool, window, &mut setup.buf, || Ok(1));
             assert_eq!(migrated.err(), Some(EINVAL));
             Ok(())
         })
@@ -756,18 +756,137 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_and_files_stay_in_ram() -> Result {
+    fn shared_memory_stays_in_ram() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
-            for shared in [true, false] {
-                let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, shared)?;
-                let range = PageRange::from_len(va, PAGE_SIZE)?;
-                user_write(va, 1)?;
-                assert_eq!(setup.migrate_in(range)?, 0);
-                assert_eq!(fault(&setup.mirror, range, Access::Write)?, 0);
-                assert_eq!(first_byte(&setup.mirror, va), Some(1));
-            }
+            let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, true)?;
+            let range = PageRange::from_len(va, PAGE_SIZE)?;
+            user_write(va, 1)?;
+            assert_eq!(setup.migrate_in(range)?, 0);
+            assert_eq!(fault(&setup.mirror, range, Access::Write)?, 0);
+            assert_eq!(first_byte(&setup.mirror, va), Some(1));
             assert_eq!(setup.freed(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn the_process_s_own_copies_of_a_file_s_pages_migrate() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let len = 4 * PAGE_SIZE;
+            let range = PageRange::from_len(mm.mmap_shmem(len, len, Prot::ReadWrite, false)?, len)?;
+            let (copy, file) = (page(range, 1)?.start(), page(range, 2)?.start());
+            assert!(user_has(file, 0)?);
+            assert_eq!(setup.migrate_in(range)?, 0);
+            user_write(copy, 5)?;
+            let mut pages = 0;
+            for index in 0..4 {
+                pages += setup.migrate_in(page(range, index)?)?;
+            }
+            assert_eq!(pages, 1);
+            assert_eq!(setup.used(), 1);
+            assert_eq!(fault(&setup.mirror, page(range, 1)?, Access::Write)?, 1);
+            assert_eq!(fault(&setup.mirror, page(range, 2)?, Access::Read)?, 0);
+            assert!(setup.mirror.write(copy, &[6; PAGE_SIZE]).is_ok());
+            assert!(user_has(copy, 6)?);
+            assert!(user_has(file, 0)?);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_gets_no_data_stays_in_ram() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let mut asked = 0;
+            let migrated =
+                setup
+                    .mirror
+                    .migrate_to_device(&setup.pool, window, &mut setup.buf, || {
+                        asked += 1;
+                        (asked != 3).then_some(1).ok_or(ENOMEM)
+                    })?;
+            assert_eq!(migrated.pages(), WINDOW - 1);
+            assert_eq!(asked, WINDOW);
+            assert_eq!(setup.used(), WINDOW - 1);
+            assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW - 1);
+            assert_eq!(fault(&setup.mirror, page(window, 2)?, Access::Write)?, 0);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_may_not_leave_stays_until_it_may() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            setup.device.keeps.store(1, Relaxed);
+            // As without memory: a CPU in user mode would touch it again.
+            assert!(user_has(window.start(), 1).is_err());
+            assert_eq!(setup.used(), WINDOW);
+            setup.device.keeps.store(1, Relaxed);
+            assert_eq!(setup.migrate_out(page(window, 0)?).err(), Some(ENOMEM));
+            assert_eq!(setup.used(), WINDOW);
+            setup.device.keeps.store(1, Relaxed);
+            assert_eq!(setup.migrate_out(window)?, WINDOW - 1);
+            assert_eq!(setup.used(), 1);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_pool_can_be_emptied_and_used_again() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            for _ in 0..2 {
+                assert_eq!(setup.migrate_in(window)?, WINDOW);
+                setup.pool.evict()?;
+                assert_eq!(setup.used(), 0);
+            }
+            assert_eq!(setup.home(MigrateReason::Evict), 2 * WINDOW as u64);
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
+            setup.device.most.store(0, Relaxed);
+            assert_eq!(setup.pool.evict().err(), Some(EIO));
+            assert_eq!(setup.used(), WINDOW);
+            setup.device.most.store(usize::MAX, Relaxed);
+            for (n, va) in window.page_addrs().enumerate() {
+                assert!(user_has(va, 1 + n as u8)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_of_the_device_comes_home_before_it_is_exclusive() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            let mut buf = FaultBuf::new(0)?;
+            let va = window.start();
+            setup.mirror.make_exclusive(va, &mut buf, |_| ())?;
+            assert_eq!(buf.retries(), 0);
+            assert_eq!(setup.used(), 0);
+            assert_eq!(first_byte(&setup.mirror, va), Some(1));
+            assert!(setup.mirror.write(va, &[2; PAGE_SIZE]).is_ok());
+            assert!(user_has(va, 2)?);
+            // And leaves again, which ends it.
+            setup.mirror.make_exclusive(va, &mut buf, |_| ())?;
+            setup.migrate_in(page(window, 0)?)?;
+            assert_eq!(first_byte(&setup.mirror, va), None);
+            assert!(user_has(va, 2)?);
             Ok(())
         })
     }
@@ -802,7 +921,7 @@ mod tests {
             let mirror = Mirror::new(Recorder::new()?)?;
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
-            let migrated = mirror.migrate_to_device(&setup.pool, window, &mut setup.buf, || 1);
+            let migrated = mirror.migrate_to_device(&setup.pool, window, &mut setup.buf, || Ok(1));
             assert_eq!(migrated.err(), Some(EINVAL));
             let migrated = mirror.migrate_to_ram(window, &mut setup.buf)?;
             assert_eq!(migrated.pages(), 0);

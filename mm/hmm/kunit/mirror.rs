@@ -42,7 +42,8 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result {
     let mut start = range.start();
     while start < range.end() {
         let req = FaultRequest::new(PageRange::new(start, range.end())?, access);
-        start = mirror.fault(req, &mut buf, |commit| commit.needed().end())?;
+        let needed = mirror.fault(req, &mut buf, |commit| commit.needed())?;
+        start = needed.ok_or(EIO)?.end();
     }
     Ok(())
 }

@@ -17,6 +17,8 @@ const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
 const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
 const ERROR: usize = bindings::hmm_pfn_flags_HMM_PFN_ERROR;
 const DMA_MAPPED: usize = bindings::hmm_pfn_flags_HMM_PFN_DMA_MAPPED;
+const P2PDMA: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA;
+const P2PDMA_BUS: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA_BUS;
 const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
 
 #[kunit_tests(hmm_pfn)]
@@ -46,9 +48,26 @@ mod tests {
     }
 
     #[test]
-    fn order_and_sticky_flags_do_not_survive() {
-        let pfn = Pfn::from_output(42 | VALID | DMA_MAPPED | (9 << ORDER_SHIFT));
-        assert_eq!(pfn.present(), Some(42 | VALID));
+    fn the_order_survives_and_sticky_flags_do_not() {
+        for flag in [DMA_MAPPED, P2PDMA, P2PDMA_BUS] {
+            let pfn = Pfn::from_output(42 | VALID | flag | (9 << ORDER_SHIFT));
+            assert_eq!(pfn.pfn(), Some(42));
+            assert_eq!(pfn.order(), 9);
+            assert!(!pfn.is_device() && !pfn.is_zero());
+            assert_eq!(pfn, Pfn::from_output(42 | VALID | (9 << ORDER_SHIFT)));
+        }
+    }
+
+    #[test]
+    fn marks_say_nothing_else() {
+        let pfn = Pfn::from_output(42 | VALID | WRITE | (31 << ORDER_SHIFT));
+        assert!(pfn.with_device().is_device() && !pfn.with_device().is_zero());
+        assert!(pfn.with_zero().is_zero() && !pfn.with_zero().is_device());
+        for marked in [pfn.with_device(), pfn.with_zero()] {
+            assert_eq!(marked.pfn(), pfn.pfn());
+            assert_eq!(marked.order(), 31);
+            assert_eq!(marked.state(), pfn.state());
+        }
     }
 
     #[test]

@@ -86,8 +86,8 @@ mod tests {
             // SAFETY: The page data is a `u64`.
             unsafe { RawData::new(value) }
         };
-        let first = reservation.folio(&mut data);
-        let second = reservation.folio(&mut data);
+        let first = reservation.folio(data());
+        let second = reservation.folio(data());
         assert!(first.is_some() && second.is_some());
         drop(reservation);
         assert_eq!(device.freed.load(Relaxed), 0);
@@ -115,8 +115,8 @@ mod tests {
         let mut pfns = numbers(2)?;
         let mut reservation = Pool::reserve(pool.pool(), &mut pfns)?;
         // SAFETY: The page data is an `Arc<Counted>`.
-        let mut data = || unsafe { RawData::new(counted.clone()) };
-        let page = reservation.folio(&mut data);
+        let data = unsafe { RawData::new(counted.clone()) };
+        let page = reservation.folio(data);
         drop(counted);
         assert!(page.is_some());
         assert_eq!(dropped.load(Relaxed), 0);

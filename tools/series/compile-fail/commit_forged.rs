@@ -10,7 +10,7 @@ use hmm::{Commit, PageRange};
 pub fn forge(window: PageRange) -> Commit<'static> {
     Commit {
         window,
-        needed: window,
+        needed: Some(window),
         pfns: &[],
     }
 }

@@ -4,9 +4,9 @@
 #![forbid(unsafe_code)]
 
 use hmm::{
-    Access, Commit, CopyBatch, CopyOp, Device, DevicePool, Entry, FaultBuf, FaultRequest,
-    Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror, MirrorOps, PageRange,
-    PoolOps, Ram, WritePage,
+    Access, Commit, CopyBatch, CopyOp, Device, DevicePool, Entry, ExclusivePage, FaultBuf,
+    FaultRequest, Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror, MirrorOps,
+    PageRange, PoolOps, Ram, WritePage,
 };
 use kernel::{prelude::*, sync::Arc};
 
@@ -78,5 +78,13 @@ pub fn migrate(
     range: PageRange,
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
-    mirror.migrate_to_device(pool, range, buf, || 0)
+    mirror.migrate_to_device(pool, range, buf, || Ok(0))
+}
+
+pub fn map_exclusive(page: &ExclusivePage<'_>) -> usize {
+    page.va()
+}
+
+pub fn make_exclusive(mirror: &Mirror, va: usize, buf: &mut FaultBuf) -> Result<usize> {
+    mirror.make_exclusive(va, buf, map_exclusive)
 }

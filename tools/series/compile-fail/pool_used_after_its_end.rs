@@ -15,5 +15,5 @@ pub fn go_on<T: PoolOps<PageData = u64>>(
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
     drop(pool);
-    mirror.migrate_to_device(&pool, range, buf, || 0)
+    mirror.migrate_to_device(&pool, range, buf, || Ok(0))
 }

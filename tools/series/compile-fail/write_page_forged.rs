@@ -11,6 +11,7 @@ use hmm::WritePage;
 pub fn forge(va: usize) -> WritePage<'static> {
     WritePage {
         va,
+        order: 0,
         _commit: PhantomData,
     }
 }

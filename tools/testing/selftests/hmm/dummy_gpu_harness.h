@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -272,6 +273,27 @@ static inline void *serve_thread(void *arg)
 	}
 	server->err = 0;
 	return NULL;
+}
+
+/*
+ * User-Mode Linux changes the mappings of a thread that runs on another CPU when
+ * that enters the kernel next: until then it writes to a page that has moved. All
+ * threads have one CPU there; the device may have the other.
+ */
+static inline void share_cpu_of_uml(void)
+{
+	FILE *f = fopen("/proc/cpuinfo", "re");
+	char line[100];
+	cpu_set_t one;
+
+	CPU_ZERO(&one);
+	CPU_SET(0, &one);
+	while (f && fgets(line, sizeof(line), f)) {
+		if (strstr(line, "User Mode Linux"))
+			sched_setaffinity(0, sizeof(one), &one);
+	}
+	if (f)
+		fclose(f);
 }
 
 #endif /* DUMMY_GPU_HARNESS_H */

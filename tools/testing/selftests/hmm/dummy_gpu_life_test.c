@@ -10,7 +10,6 @@
 #include <linux/elf.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>

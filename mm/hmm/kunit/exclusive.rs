@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `exclusive.rs`.
+
+use super::{
+    super::{
+        fault::{
+            FaultBuf,
+            FaultRequest, //
+        },
+        mirror::{
+            Mirror,
+            REGION_ORDER, //
+        },
+        pfn::Access,
+        range::PageRange,
+    },
+    map_aligned,
+    page,
+    Recorder, //
+};
+use kernel::{
+    kunit::user_mm::{
+        with_user_mm,
+        Prot,
+        UserMm, //
+    },
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::Arc,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+fn user_write(va: usize, byte: u8) -> Result {
+    UserSlice::new(UserPtr::from_addr(va), 1)
+        .writer()
+        .write(&byte)
+}
+
+fn user_read(va: usize) -> Result<u8> {
+    UserSlice::new(UserPtr::from_addr(va), 1).reader().read()
+}
+
+/// Makes `page` exclusive; returns how often that was tried again.
+fn make_exclusive(mirror: &Mirror, page: PageRange) -> Result<u32> {
+    let mut buf = FaultBuf::new(0)?;
+    let va = mirror.make_exclusive(page.start(), &mut buf, |page| page.va())?;
+    assert_eq!(va, page.start());
+    Ok(buf.retries())
+}
+
+/// A mirror, the pages of a window of 8 that is mapped, and who is told of invalidations.
+fn setup(mm: &UserMm) -> Result<(Mirror, PageRange, Arc<Recorder>)> {
+    let ops = Recorder::new()?;
+    Ok((
+        Mirror::new(ops.clone())?,
+        map_aligned(mm, 8, Prot::ReadWrite)?,
+        ops,
+    ))
+}
+
+#[kunit_tests(hmm_exclusive)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_has_the_page_until_the_cpu_touches_it() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, ops) = setup(mm)?;
+            let first = page(window, 0)?;
+            user_write(first.start(), 1)?;
+            make_exclusive(&mirror, first)?;
+            let mut byte = [0];
+            assert!(mirror.read(first.start(), &mut byte).is_ok());
+            assert_eq!(byte[0], 1);
+            assert!(mirror.write(first.start(), &[2]).is_ok());
+
+            let before = ops.count();
+            assert_eq!(user_read(first.start())?, 2);
+            assert!(ops.count() > before);
+            assert!(ops.last() == Some(first));
+            assert!(mirror.read(first.start(), &mut byte).is_err());
+            assert!(mirror.write(first.start(), &[3]).is_err());
+            assert_eq!(user_read(first.start())?, 2);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn the_event_with_which_it_begins_is_no_collision() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, ops) = setup(mm)?;
+            let (cold, warm) = (page(window, 0)?, page(window, 1)?);
+            assert_eq!(make_exclusive(&mirror, cold)?, 0);
+            // What the device had of the page is gone all the same.
+            user_write(warm.start(), 1)?;
+            let mut buf = FaultBuf::new(0)?;
+            mirror.fault(FaultRequest::new(warm, Access::Write), &mut buf, |_| ())?;
+            let before = ops.count();
+            assert_eq!(make_exclusive(&mirror, warm)?, 0);
+            assert_eq!(ops.count(), before + 1);
+            assert!(ops.last() == Some(warm));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_is_exclusive_can_be_made_so_again() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, _) = setup(mm)?;
+            let first = page(window, 0)?;
+            make_exclusive(&mirror, first)?;
+            assert!(mirror.write(first.start(), &[7]).is_ok());
+            assert_eq!(make_exclusive(&mirror, first)?, 0);
+            assert!(mirror.write(first.start() + 1, &[8]).is_ok());
+            assert_eq!(user_read(first.start())?, 7);
+            assert_eq!(user_read(first.start() + 1)?, 8);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn another_device_takes_it_away() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, _) = setup(mm)?;
+            let other = Mirror::new(Recorder::new()?)?;
+            let first = page(window, 0)?;
+            make_exclusive(&mirror, first)?;
+            assert!(mirror.write(first.start(), &[7]).is_ok());
+            make_exclusive(&other, first)?;
+            assert!(mirror.read(first.start(), &mut [0]).is_err());
+            let mut byte = [0];
+            assert!(other.read(first.start(), &mut byte).is_ok());
+            assert_eq!(byte[0], 7);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_another_device_begins_is_a_collision() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, _) = setup(mm)?;
+            let other = Mirror::new(Recorder::new()?)?;
+            let first = page(window, 0)?;
+            user_write(first.start(), 1)?;
+            let mut buf = FaultBuf::new(0)?;
+            let req = FaultRequest::new(first, Access::Write);
+            let mut made = Err(EIO);
+            mirror.fault_loop(&req, &mut buf, &mut |_| (), || {
+                if made.is_err() {
+                    made = make_exclusive(&other, first);
+                }
+            })?;
+            assert_eq!(made?, 0);
+            assert_eq!(buf.retries(), 1);
+            assert!(mirror.write(first.start(), &[2]).is_ok());
+            assert!(other.write(first.start(), &[3]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_fault_of_its_neighbours_leaves_it_exclusive() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, ops) = setup(mm)?;
+            let (first, next) = (page(window, 0)?, page(window, 1)?);
+            make_exclusive(&mirror, first)?;
+            let before = ops.count();
+            let mut buf = FaultBuf::new(3)?;
+            mirror.fault(FaultRequest::new(next, Access::Write), &mut buf, |_| ())?;
+            assert!(mirror.write(next.start(), &[1]).is_ok());
+            assert!(mirror.write(first.start(), &[2]).is_ok());
+            assert_eq!(ops.count(), before);
+            assert_eq!(user_read(first.start())?, 2);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_is_unmapped_is_the_device_s_no_more() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, ops) = setup(mm)?;
+            let first = page(window, 0)?;
+            make_exclusive(&mirror, first)?;
+            let before = ops.count();
+            mm.munmap(first.start(), first.len())?;
+            assert!(ops.count() > before);
+            assert!(mirror.read(first.start(), &mut [0]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn memory_that_the_process_may_not_write_is_eperm() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, _, _) = setup(mm)?;
+            let page = map_aligned(mm, 1, Prot::Read)?;
+            assert_eq!(make_exclusive(&mirror, page).err(), Some(EPERM));
+            assert!(mirror.read(page.start(), &mut [0]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn memory_of_a_file_is_eopnotsupp() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, _, _) = setup(mm)?;
+            let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, true)?;
+            let page = PageRange::from_len(va, PAGE_SIZE)?;
+            user_write(va, 1)?;
+            assert_eq!(make_exclusive(&mirror, page).err(), Some(EOPNOTSUPP));
+            assert!(mirror.read(va, &mut [0]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn where_nothing_is_mapped_is_efault_and_leaves_no_region() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, _) = setup(mm)?;
+            let far = page(window, 0)?.start() - (PAGE_SIZE << (REGION_ORDER + 1));
+            let hole = PageRange::from_len(far, PAGE_SIZE)?;
+            assert_eq!(make_exclusive(&mirror, hole).err(), Some(EFAULT));
+            assert!(mirror.region(far).is_none());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_task_of_another_process_is_eperm() -> Result {
+        let mirror = with_user_mm(|mm| Ok(setup(mm)?.0))?;
+        with_user_mm(|mm| {
+            let page = map_aligned(mm, 1, Prot::ReadWrite)?;
+            user_write(page.start(), 1)?;
+            assert_eq!(make_exclusive(&mirror, page).err(), Some(EPERM));
+            Ok(())
+        })
+    }
+}

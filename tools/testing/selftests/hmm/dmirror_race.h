@@ -1,0 +1,351 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What dmirror_race_test knows of the bytes that its threads write and read.
+ *
+ * A write takes a ticket of its page, a number, and writes bytes that tell page, place and
+ * ticket. So each byte that somebody reads says which write it is of: one that was under
+ * way at some time during the read, or the last one before; or else the byte is torn, lost,
+ * late or foreign.
+ */
+#ifndef DMIRROR_RACE_H
+#define DMIRROR_RACE_H
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+
+#include "dmirror_user.h"
+
+#define PAGES	64
+#define MOST	16		/* pages of one command */
+#define THREADS	32
+
+/* The first pages have one writer each: pairs with the same bytes, and others. */
+#define SINGLE	4
+#define SHARED	16		/* the first one that has many writers, and that is dropped */
+#define WILD	48		/* the first one that is unmapped, or not readable, at times */
+
+/* What is done beside what is always done. */
+enum {
+	DROP = 1,
+	UNMAP = 2,
+	PROTECT = 4,
+	MERGE = 8,
+	FORK = 16,
+};
+
+struct thread {
+	const struct role *role;
+	size_t index;
+	unsigned int node;
+	pthread_t thread;
+	uint64_t seed, turns, count, busy, vague;
+	uint8_t *bytes;		/* those of a command */
+};
+
+/* A turn says whether it did what it is for. */
+struct role {
+	const char *name;
+	bool (*turn)(struct thread *t);
+	unsigned int node, part, rest;
+};
+
+/* The writes to a page. */
+struct book {
+	pthread_mutex_t lock;
+	uint64_t last;		/* ticket */
+	uint64_t floor;		/* what has an older ticket was overwritten */
+	uint64_t dropped;	/* when zeroes came last */
+	uint64_t pending[THREADS];
+	const char *writer[256];	/* for who reads of a failure */
+};
+
+/* What a read may see: tickets, and zeroes if they came in this time. */
+struct window {
+	uint64_t from, to, dropped;
+};
+
+/* Forked processes see it too. */
+static struct shared {
+	struct book books[PAGES];
+	bool stop, failed;
+	char failure[400];
+} *shared;
+
+static uint8_t *region, *pattern, *frozen;
+static int nodes[NODES];
+static unsigned int parts;
+
+static inline uint8_t *at(size_t i)
+{
+	return region + i * page;
+}
+
+static inline bool is_wild(size_t i)
+{
+	return parts & UNMAP && i >= WILD;
+}
+
+static inline bool stopped(void)
+{
+	return __atomic_load_n(&shared->stop, __ATOMIC_RELAXED);
+}
+
+static inline void stop(void)
+{
+	__atomic_store_n(&shared->stop, true, __ATOMIC_RELEASE);
+}
+
+/* The first failure is told, and ends the test. */
+static bool __printf(2, 3) fail(struct thread *t, const char *format, ...)
+{
+	const size_t size = sizeof(shared->failure);
+	va_list args;
+	int n;
+
+	if (__atomic_exchange_n(&shared->failed, true, __ATOMIC_ACQ_REL))
+		return false;
+	n = snprintf(shared->failure, size, "%s: ", t->role->name);
+	va_start(args, format);
+	vsnprintf(shared->failure + n, size - n, format, args);
+	va_end(args);
+	stop();
+	return false;
+}
+
+static inline uint64_t microseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000ULL + now.tv_nsec / 1000;
+}
+
+static inline size_t below(struct thread *t, size_t n)
+{
+	return cpu_random(&t->seed) % n;
+}
+
+/* A write begins: its ticket, and the oldest one that a write under way may have. */
+static inline uint64_t begin(struct thread *t, size_t i, uint64_t *oldest, bool drop)
+{
+	struct book *book = &shared->books[i];
+	uint64_t ticket;
+
+	pthread_mutex_lock(&book->lock);
+	ticket = book->last + 1;
+	book->writer[ticket % ARRAY_SIZE(book->writer)] = t->role->name;
+	book->pending[t->index] = ticket;
+	*oldest = ticket;
+	for (size_t j = 0; j < THREADS; j++) {
+		if (book->pending[j] && book->pending[j] < *oldest)
+			*oldest = book->pending[j];
+	}
+	if (drop)
+		__atomic_store_n(&book->dropped, ticket, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&book->last, ticket, __ATOMIC_SEQ_CST);
+	pthread_mutex_unlock(&book->lock);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	return ticket;
+}
+
+/* A write ends. One of a whole page has overwritten all that had ended before it began. */
+static inline void end(struct thread *t, size_t i, uint64_t oldest, bool whole)
+{
+	struct book *book = &shared->books[i];
+
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	pthread_mutex_lock(&book->lock);
+	book->pending[t->index] = 0;
+	if (whole && book->floor < oldest)
+		__atomic_store_n(&book->floor, oldest, __ATOMIC_SEQ_CST);
+	pthread_mutex_unlock(&book->lock);
+}
+
+/* Before a read, and after it. */
+static inline void opened(struct window *window, size_t i)
+{
+	window->from = __atomic_load_n(&shared->books[i].floor, __ATOMIC_SEQ_CST);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+static inline void closed(struct window *window, size_t i)
+{
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	window->to = __atomic_load_n(&shared->books[i].last, __ATOMIC_SEQ_CST);
+	window->dropped = __atomic_load_n(&shared->books[i].dropped, __ATOMIC_SEQ_CST);
+}
+
+static inline void fill(uint8_t *bytes, size_t i, uint64_t ticket)
+{
+	for (size_t j = 0; j < page; j++)
+		bytes[j] = pattern[i * page + j] + ticket;
+}
+
+/* The page that eight bytes of this place are of, with any ticket, or -1. */
+static inline int page_of(const uint8_t *bytes, size_t j)
+{
+	for (size_t i = 0; i < PAGES; i++) {
+		const uint8_t *p = pattern + i * page + j;
+		size_t n = 1;
+
+		while (n < 8 && (uint8_t)(bytes[n] - p[n]) == (uint8_t)(bytes[0] - p[0]))
+			n++;
+		if (n == 8)
+			return i;
+	}
+	return -1;
+}
+
+/* Whether all bytes of a page are of writes in the window. */
+static inline bool check(struct thread *t, size_t i, const uint8_t *bytes,
+			 const struct window *window, const char *how)
+{
+	const uint8_t *mine = pattern + i * page;
+	const long long from = window->from, to = window->to, dropped = window->dropped;
+	size_t first = page, bad = 0, word;
+	uint8_t expected;
+	char hint[160];
+	int8_t age;
+
+	/* A byte counts to 256. */
+	if (to - from > 200) {
+		t->vague++;
+		return true;
+	}
+	for (size_t j = page; j--;) {
+		uint8_t since = bytes[j] - mine[j] - (uint8_t)from;
+
+		if (since > to - from && (bytes[j] || dropped < from)) {
+			first = j;
+			bad++;
+		}
+	}
+	if (!bad)
+		return true;
+
+	expected = mine[first] + from;
+	age = bytes[first] - expected;
+	word = first & ~7UL;
+	snprintf(hint, sizeof(hint), "ticket %lld (%s) of page %d, not %lld to %lld or zero (%lld)",
+		 from + age, shared->books[i].writer[(from + age) & 0xff] ?: "nobody",
+		 page_of(bytes + word, word), from, to, dropped);
+	return fail(t, "%s, page %zu: byte %zu and %zu others: %#x, not %#x: %s", how, i, first,
+		    bad - 1, bytes[first], expected, hint);
+}
+
+/* Whether an error tells of what another thread has done to the pages. */
+static inline bool is_expected(unsigned long request, int err, bool wild)
+{
+	const bool protect = parts & PROTECT;
+
+	if (err == -EBUSY)
+		return true;
+	switch (request) {
+	case HMM_DMIRROR_READ:
+	case HMM_DMIRROR_READ_UNLOCKED:
+		return wild && err == -EFAULT;
+	case HMM_DMIRROR_WRITE:
+		return (wild && err == -EFAULT) || (protect && err == -EPERM);
+	case HMM_DMIRROR_MIGRATE_TO_DEV:
+		return err == -ENOENT || (wild && (err == -EINVAL || err == -EFAULT));
+	case HMM_DMIRROR_MIGRATE_TO_SYS:
+		return wild && (err == -EINVAL || err == -EFAULT);
+	case HMM_DMIRROR_EXCLUSIVE:
+		return err == -ENOENT || (wild && err == -EFAULT) ||
+		       (protect && (err == -EFAULT || err == -EPERM));
+	case HMM_DMIRROR_CHECK_EXCLUSIVE:
+		return err == -EPERM;
+	}
+	return false;
+}
+
+static inline const char *name_of(unsigned long request)
+{
+	static const char *const name[] = {
+		"READ", "WRITE", "MIGRATE_TO_DEV", "MIGRATE_TO_SYS", "SNAPSHOT", "EXCLUSIVE",
+		"CHECK_EXCLUSIVE", "RELEASE", "FLAGS", "READ_UNLOCKED",
+	};
+
+	return name[_IOC_NR(request)];
+}
+
+/* A command of the thread's node: 0 or a negative errno. */
+static inline int command(struct thread *t, unsigned long request, size_t i, size_t n)
+{
+	int err = dmirror(nodes[t->node], request, at(i), n, t->bytes);
+
+	t->busy += err == -EBUSY;
+	if (err && !is_expected(request, err, is_wild(i + n - 1)))
+		fail(t, "%s of pages %zu to %zu: %s", name_of(request), i, i + n - 1,
+		     strerror(-err));
+	return err;
+}
+
+/* One that gives the bytes back. */
+static inline bool command_reads(struct thread *t, unsigned long request, size_t i, size_t n)
+{
+	struct window windows[MOST];
+	bool ok;
+
+	for (size_t j = 0; j < n; j++)
+		opened(&windows[j], i + j);
+	ok = !command(t, request, i, n);
+	for (size_t j = 0; j < n && ok; j++) {
+		closed(&windows[j], i + j);
+		ok = check(t, i + j, t->bytes + j * page, &windows[j], name_of(request));
+	}
+	return ok;
+}
+
+/* The CPU's own access, which may fault. */
+static __thread sigjmp_buf escape;
+static __thread bool guarded;
+
+static inline void on_fault(int sig)
+{
+	if (guarded)
+		siglongjmp(escape, 1);
+	/* Somebody else's: again, and that is the end. */
+	signal(sig, SIG_DFL);
+}
+
+static inline bool cpu_copy(void *to, const void *from, size_t length)
+{
+	const uint64_t *source = from;
+	uint64_t *target = to;
+
+	if (sigsetjmp(escape, 0)) {
+		guarded = false;
+		return false;
+	}
+	guarded = true;
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	for (size_t i = 0; i < length / sizeof(*target); i++)
+		__atomic_store_n(target + i, __atomic_load_n(source + i, __ATOMIC_RELAXED),
+				 __ATOMIC_RELAXED);
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	guarded = false;
+	return true;
+}
+
+static inline bool cpu_reads_page(struct thread *t, size_t i)
+{
+	struct window window;
+
+	opened(&window, i);
+	if (!cpu_copy(t->bytes, at(i), page))
+		return is_wild(i) ? false : fail(t, "read of page %zu: SIGSEGV", i);
+	closed(&window, i);
+	return check(t, i, t->bytes, &window, "read");
+}
+
+static inline bool cpu_writes_page(struct thread *t, size_t i, size_t offset, size_t length)
+{
+	if (cpu_copy(at(i) + offset, t->bytes + offset, length))
+		return true;
+	return parts & PROTECT || is_wild(i) ? false : fail(t, "write to page %zu: SIGSEGV", i);
+}
+
+#endif /* DMIRROR_RACE_H */
