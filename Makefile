@@ -2,10 +2,10 @@
 # `make` lists the targets. The work is done by tools/series/series.
 
 MAKEFLAGS += --no-print-directory
-export KERNEL_TREE JOBS TREE FILE RUN ARGS TIMEOUT
+export KERNEL_TREE JOBS TREE FILE RUN ARGS TIMEOUT DRIVER KVM DEBUG
 
-.PHONY: help demo test uml tree refresh check bisect mutants debug configs clean
-help demo test uml tree refresh check bisect mutants debug configs clean:
+.PHONY: help demo test uml x86 tree refresh check bisect mutants debug configs clean
+help demo test uml x86 tree refresh check bisect mutants debug configs clean:
 	@tools/series/series $@
 
 .DEFAULT_GOAL := help

@@ -2,15 +2,16 @@
 /*
  * PID 1 of a boot: mounts, loads the module, runs one program, and says how it ended.
  *
- * The root is a directory of the host (hostfs). In it the harness leaves
+ * The root is a directory of the host (hostfs in UML, 9p in QEMU). In it the harness leaves
  *   argv      the program and its arguments, the working directory first, each ended by a NUL
- *   modules/  the modules to load
+ *   modules/  the modules to load, with what is in MODULE_PARAMETERS: the kernel hands that on from
+ *             its command line
  * and reads afterwards
  *   status    "exit N" or "signal N", or "init ..." when this program itself failed
  *   kmemleak, lockdep_stats
  *             what these say at the end, of a kernel that has them
  *
- * Output is byte for byte: /dev/tty0 and /dev/tty1 are file descriptors of the host and are put
+ * Output is byte for byte: the first two consoles of the machine are files of the host and are put
  * into raw mode. The kernel's log goes elsewhere.
  */
 #define _GNU_SOURCE
@@ -18,6 +19,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +30,8 @@
 #include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
+
+static bool qemu;	/* Not UML. */
 
 static void finish(const char *format, ...)
 {
@@ -44,14 +48,16 @@ static void finish(const char *format, ...)
 	tcdrain(1);
 	tcdrain(2);
 	sync();
-	reboot(RB_POWER_OFF);
+	/* QEMU is told to end instead, and has nothing to switch off. */
+	reboot(qemu ? RB_AUTOBOOT : RB_POWER_OFF);
 	for (;;)
 		pause();
 }
 
 static void mounted(const char *type, const char *where, unsigned long flags, const char *data)
 {
-	if (mount("none", where, type, flags, data) && errno != EBUSY)
+	/* Only 9p has use for the name: it is that of the directory. */
+	if (mount("host", where, type, flags, data) && errno != EBUSY)
 		finish("init mount %s on %s: %s\n", type, where, strerror(errno));
 }
 
@@ -71,6 +77,7 @@ static void console(const char *path, int fd)
 
 static void load_modules(void)
 {
+	const char *parameters = getenv("MODULE_PARAMETERS") ?: "";
 	struct dirent **names;
 	char path[512];
 	int i, fd, n = scandir("/modules", &names, NULL, alphasort);
@@ -80,7 +87,7 @@ static void load_modules(void)
 			continue;
 		snprintf(path, sizeof(path), "/modules/%s", names[i]->d_name);
 		fd = open(path, O_RDONLY | O_CLOEXEC);
-		if (fd < 0 || syscall(SYS_finit_module, fd, "", 0))
+		if (fd < 0 || syscall(SYS_finit_module, fd, parameters, 0))
 			finish("init load %s: %s\n", path, strerror(errno));
 		close(fd);
 	}
@@ -158,7 +165,11 @@ int main(void)
 	mounted("devtmpfs", "/dev", 0, NULL);
 	mounted("tmpfs", "/tmp", 0, NULL);
 	mounted("debugfs", "/sys/kernel/debug", 0, NULL);
-	mounted("hostfs", "/host", MS_RDONLY, "/");
+	qemu = !access("/dev/hvc0", F_OK);
+	if (qemu)
+		mounted("9p", "/host", MS_RDONLY, "trans=virtio,version=9p2000.L,msize=512000,cache=loose");
+	else
+		mounted("hostfs", "/host", MS_RDONLY, "/");
 	mkdir("/dev/shm", 0755);
 	mounted("tmpfs", "/dev/shm", 0, NULL);
 
@@ -167,8 +178,8 @@ int main(void)
 		finish("init open /dev/null: %s\n", strerror(errno));
 	if (fd > 2)
 		close(fd);
-	console("/dev/tty0", 1);
-	console("/dev/tty1", 2);
+	console(qemu ? "/dev/hvc0" : "/dev/tty0", 1);
+	console(qemu ? "/dev/hvc1" : "/dev/tty1", 2);
 
 	fd = open("/argv", O_RDONLY | O_CLOEXEC);
 	size = fd < 0 ? -1 : read(fd, buf, sizeof(buf) - 1);

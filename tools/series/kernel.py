@@ -42,19 +42,21 @@ class Kernels:
         return run(command + self.tc.make + list(args), log or "build-" + name + self.lane, env=self.tc.env,
                    timeout=timeout, check=check, what=what or "the build of " + name)
 
-    def configure(self, name, *fragments):
-        """A .config from fragments; every line of them has to hold."""
+    def configure(self, name, *fragments, arch="um"):
+        """A .config from fragments; every line of them has to hold. What is in none of them has its
+        default in UML, and is off elsewhere: there is too much of it."""
         text = "".join(read(f) for f in fragments)
         config = os.path.join(self.dir(name), ".config")
         mark = os.path.join(self.dir(name), "fragment")
+        target = ["olddefconfig"] if arch == "um" else ["allnoconfig", "KCONFIG_ALLCONFIG=" + mark]
         if not os.path.exists(config) or not os.path.exists(mark) or read(mark) != text:
             write(config, text)
             write(mark, text)
-        self.make(name, "olddefconfig", what="the configuration of " + name)
+        self.make(name, *target, arch=arch, what="the configuration of " + name)
         if self.missing(config, text):
             # The tree may not have known a symbol yet when this was configured.
             write(config, text)
-            self.make(name, "olddefconfig", what="the configuration of " + name)
+            self.make(name, *target, arch=arch, what="the configuration of " + name)
             for line in self.missing(config, text):
                 raise Failure("%s does not hold in %s" % (line, config))
 
@@ -70,10 +72,10 @@ class Kernels:
                 not (re.search(r"=n$|not set$", line) and not any(h.startswith(symbol + "=") for h in have)) and
                 git_ok(self.src, "grep", "-qE", r"^\s*(menu)?config %s$" % symbol[7:], "--", "*Kconfig*")]
 
-    def build(self, name, *fragments):
-        self.configure(name, *fragments)
-        self.make(name)
-        return os.path.join(self.dir(name), "linux")
+    def build(self, name, *fragments, arch="um"):
+        self.configure(name, *fragments, arch=arch)
+        self.make(name, arch=arch)
+        return os.path.join(self.dir(name), "linux" if arch == "um" else "arch/x86/boot/bzImage")
 
     def demo_kernel(self):
         return self.build("um", HERE + "/um.config")
@@ -153,35 +155,38 @@ class Kernels:
     def modules(self, kernel):
         return glob.glob(self.dir(kernel) + "/drivers/gpu/dummy/*.ko")
 
-    def init(self):
-        """The static program that is PID 1."""
-        path = os.path.join(self.dir("init"), "init")
-        if not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(HERE + "/init.c"):
-            run([self.tc.cc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path + ".new",
-                 HERE + "/init.c"], "build-init", what="the build of init")
+    def static(self, name):
+        """A static program of the harness's own, such as init, which is PID 1."""
+        path, source = os.path.join(self.dir("init"), name), "%s/%s.c" % (HERE, name)
+        if not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(source):
+            run([self.tc.cc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path + ".new", source],
+                "build-init", what="the build of " + name)
             os.replace(path + ".new", path)
         return path
 
-    def boot(self, program, args=(), out=None, err=None, timeout=BOOT_TIMEOUT, name="boot", extra=(), kernel="um"):
+    def boot(self, program, args=(), out=None, err=None, timeout=BOOT_TIMEOUT, name="boot", extra=(), kernel="um",
+             machine=None, modules=None):
         """Boot the demo kernel, or another, with its modules and run a static program in it.
 
         Its output goes to the given binary files as it comes. Returns its exit status, 128 plus
         the signal that ended it. A kernel that does not get that far is a Failure: status 125, or
         124 when it was the time that ran out. What the kernel's checkers have found by the end is
-        at the end of its log."""
+        at the end of its log. The machine is what gives the command that boots."""
         program = os.path.abspath(program)
         if not os.access(program, os.X_OK):
             raise Failure("%s is no program" % program, status=126)
         log = logfile(name)
-        with scratch("root") as root:
+        with scratch("boot") as tmp:
+            root = os.path.join(tmp, "root")
             for d in ("proc", "sys", "dev", "tmp", "host", "modules"):
-                os.mkdir(os.path.join(root, d))
-            shutil.copy(self.init(), root + "/init")
-            for module in self.modules(kernel):
+                os.makedirs(os.path.join(root, d))
+            shutil.copy(self.static("init"), root + "/init")
+            for module in self.modules(kernel) if modules is None else modules:
                 shutil.copy(module, root + "/modules/")
             write(root + "/argv", "".join(a + "\0" for a in
                                           ["/host" + os.getcwd(), "/host" + program] + list(args)))
-            self._boot(kernel, root, log, out or sys.stdout.buffer, err or sys.stderr.buffer, timeout, extra)
+            self._boot(machine or self.uml, kernel, tmp, log, out or sys.stdout.buffer, err or sys.stderr.buffer,
+                       timeout, SAFETY + tuple(extra))
             for name in REPORTS:
                 if os.path.exists(root + "/" + name):
                     with open(log, "a", encoding="utf-8") as f:
@@ -194,30 +199,27 @@ class Kernels:
             raise Failure("before the program: " + value.strip(), log, 125)
         return int(value) + (128 if how == "signal" else 0)
 
-    def _boot(self, kernel, root, log, out, err, timeout, extra):
-        pipes = [os.pipe(), os.pipe()]
-        command = [os.path.join(self.dir(kernel), "linux"), "mem=2G", "root=none", "rootfstype=hostfs",
-                   "rootflags=" + root, "rw", "init=/init", "con0=null,fd:%d" % pipes[0][1],
-                   "con1=null,fd:%d" % pipes[1][1], "con=null", "console=ttyS0", "ssl0=null,fd:1",
-                   "ssl=null"] + list(SAFETY) + list(extra)
+    def uml(self, kernel, root, consoles, words):
+        """The command that boots a kernel of UML; its two consoles are file descriptors."""
+        return [os.path.join(self.dir(kernel), "linux"), "mem=2G", "root=none", "rootfstype=hostfs",
+                "rootflags=" + root, "rw", "init=/init", "con0=null,fd:%d" % consoles[0],
+                "con1=null,fd:%d" % consoles[1], "con=null", "console=ttyS0", "ssl0=null,fd:1",
+                "ssl=null"] + list(words)
 
-        def forward(fd, to):
-            with open(fd, "rb", buffering=0) as f:
-                for data in iter(lambda: f.read(65536), b""):
-                    with contextlib.suppress(BrokenPipeError):
-                        to.write(data)
-                        to.flush()
-
-        with open(log, "wb") as f:
-            f.write((" ".join(command) + "\n").encode())
-            f.flush()
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, cwd=root,
-                                       env=self.tc.env, start_new_session=True,
-                                       pass_fds=(pipes[0][1], pipes[1][1]))
-        threads = [threading.Thread(target=forward, args=(p[0], to), daemon=True)
-                   for p, to in zip(pipes, (out, err))]
-        for _, w in pipes:
-            os.close(w)
+    def _boot(self, machine, kernel, tmp, log, out, err, timeout, words):
+        # The consoles are files: QEMU drops what a pipe does not take at once.
+        paths = [os.path.join(tmp, n) for n in ("out", "err")]
+        with contextlib.ExitStack() as stack:
+            consoles = [stack.enter_context(open(p, "ab")).fileno() for p in paths]
+            command = machine(kernel, tmp + "/root", consoles, words)
+            with open(log, "wb") as f:
+                f.write((" ".join(command) + "\n").encode())
+                f.flush()
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, cwd=tmp,
+                                           env=self.tc.env, start_new_session=True, pass_fds=consoles)
+        ended = threading.Event()
+        threads = [threading.Thread(target=follow, args=(p, to, ended), daemon=True)
+                   for p, to in zip(paths, (out, err))]
         for t in threads:
             t.start()
         try:
@@ -226,8 +228,21 @@ class Kernels:
             raise Failure("the boot did not end within %s" % duration(timeout), log, 124)
         finally:
             kill_group(process)
+            ended.set()
             for t in threads:
                 t.join(10)
+
+
+def follow(path, to, ended):
+    """What is written to a file goes on to another as it comes."""
+    with open(path, "rb", buffering=0) as f:
+        last = False
+        while not last:
+            last = ended.wait(0.05)
+            for data in iter(lambda: f.read(65536), b""):
+                with contextlib.suppress(BrokenPipeError):
+                    to.write(data)
+                    to.flush()
 
 
 def flatten(group, prefix=None):

@@ -132,6 +132,9 @@ PACKAGES = {
     "configs": (
         ("gcc", tool("gcc")), ("libdw-dev", header("elfutils/libdwfl.h")),
     ),
+    "x86": (
+        ("qemu-system-x86", tool("qemu-system-x86_64")),
+    ),
     "tree": (
         ("git", tool("git")), ("xz-utils", tool("xz")),
     ),

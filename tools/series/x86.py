@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: GPL-2.0
+"""`make x86`: the same on x86_64, in QEMU, with huge pages; and mainline's tests of HMM on our driver
+and on mainline's own, side by side."""
+
+import contextlib
+import functools
+import os
+import re
+import time
+
+import debug
+import hmmtests
+from common import HERE, Failure, logfile, output, read, run, say, write
+from hmmtests import HMM_TESTS
+from kernel import DEMO
+
+OURS, MAINLINE = "dummy_gpu", "test_hmm"
+NODE = "/dev/hmm_dmirror0"
+TCG = ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]    # page tables of five levels only take time
+KVM = ["-accel", "kvm", "-cpu", "host"]
+TIMEOUT = 900
+STAGE = 300                         # seconds for hmm-tests on one driver
+ROUNDS = "DUMMY_GPU_ROUNDS=5"       # of dummy_gpu_life_test; the kernel hands it to init
+
+
+# --- the kernel and the machine ---------------------------------------------------------------------
+
+def checkers():
+    return os.environ.get("DEBUG") == "1"
+
+
+def build(kernels):
+    """The name of the kernel: the suites of KUnit, the driver and mainline's as modules [DEBUG=1]."""
+    name = "x86_64" + "-debug" * checkers()
+    suites = os.path.join(kernels.dir(name), "suites")
+    # Memory is sparse anyway, and there is no choice that would have this symbol.
+    write(suites, "".join(l for l in read(kernels.kunitconfig()).splitlines(True) if "SPARSEMEM_MANUAL" not in l))
+    kernels.build(name, suites, HERE + "/x86.config", *[HERE + "/debug.config"] * checkers(), arch="x86_64")
+    return name
+
+
+def module(kernels, kernel, driver):
+    return os.path.join(kernels.dir(kernel), "lib" if driver == MAINLINE else "drivers/gpu/dummy", driver + ".ko")
+
+
+@functools.cache
+def accelerator(kernels, kernel):
+    """Emulation, unless KVM is wanted and a kernel boots with it: that there is a /dev/kvm says little."""
+    if os.environ.get("KVM") == "1":
+        try:
+            kernels.boot(debug.nothing(kernels), kernel=kernel, machine=functools.partial(qemu, kernels, KVM),
+                         modules=[], extra=("kunit.enable=0",), timeout=60, name="x86-kvm")
+            return KVM
+        except Failure as e:
+            say("  (KVM does not work here: %s)" % e.log)
+    return TCG
+
+
+def qemu(kernels, accel, kernel, root, consoles, words):
+    """The command that boots a kernel: its files come by 9p, its output goes to two consoles."""
+    append = ["root=root", "rootfstype=9p", "rootflags=trans=virtio,version=9p2000.L,msize=512000", "rw",
+              "init=/init", "console=ttyS0", "panic=-1", "tsc=reliable",
+              # Pages that a CPU keeps for itself are not in MemFree, which our tests look at: few of them.
+              "sysctl.vm.percpu_pagelist_high_fraction=100000"]
+    line = ["qemu-system-x86_64", "-machine", "pc"] + accel + [
+        "-smp", "2", "-m", "4G", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-serial", "stdio", "-kernel", os.path.join(kernels.dir(kernel), "arch/x86/boot/bzImage"),
+        "-append", " ".join(append + list(words))]
+    for tag, path, more in (("root", root, ""), ("host", "/", ",readonly=on")):
+        line += ["-fsdev", "local,id=%s,path=%s,security_model=none,multidevs=remap%s" % (
+            tag, path.replace(",", ",,"), more), "-device", "virtio-9p-pci,fsdev=%s,mount_tag=%s" % (tag, tag)]
+    # One port for each device, or their order would be left to chance.
+    for n, fd in enumerate(consoles):
+        line += ["-device", "virtio-serial-pci,id=serial%d,max_ports=1" % n,
+                 "-chardev", "file,id=console%d,path=/dev/fd/%d" % (n, fd),
+                 "-device", "virtconsole,bus=serial%d.0,chardev=console%d" % (n, n)]
+    return line
+
+
+def boot(kernels, kernel, path, name, args=(), driver=OURS, extra=("kunit.enable=0",), **kw):
+    """A program in that kernel with that driver loaded. Returns its status. Two CPUs are asserted."""
+    modules = [module(kernels, kernel, driver)] if driver else []
+    machine = functools.partial(qemu, kernels, accelerator(kernels, kernel))
+    status = kernels.boot(path, args, kernel=kernel, machine=machine, modules=modules, extra=extra, name=name, **kw)
+    if "smp: Brought up 1 node, 2 CPUs" not in read(logfile(name)):
+        raise Failure("it ran on one CPU", logfile(name), 125)
+    return status
+
+
+def program(kernels, kernel, path, args, timeout):
+    """make x86 RUN=path: any static program, with dummy_gpu or DRIVER=test_hmm. Returns its status."""
+    driver = os.environ.get("DRIVER") or OURS
+    if driver not in (OURS, MAINLINE):
+        raise Failure("DRIVER is %s or %s" % (OURS, MAINLINE))
+    extra = ["kunit.enable=0"] + ["panic_on_warn=0"] * (driver == MAINLINE)
+    status = boot(kernels, kernel, path, "x86", args, driver, extra, timeout=timeout)
+    if driver == OURS:
+        try:
+            quiet(logfile("x86"))
+        except Failure as e:
+            e.status = 125
+            raise
+    return status
+
+
+# --- mainline's tests on both drivers -----------------------------------------------------------------
+
+class Timed:
+    """A log that knows when each of its lines came."""
+
+    def __init__(self, path):
+        self.path = path
+        self.file = open(path, "wb")
+        self.rest = b""
+        self.lines = []
+
+    def write(self, data):
+        self.file.write(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        self.lines += [(time.monotonic(), l.decode(errors="replace")) for l in lines]
+
+    def flush(self):
+        self.file.flush()
+
+
+class Column:
+    """What a stage on one driver has come to."""
+
+    def __init__(self, kernels, driver, lines):
+        self.name = driver
+        self.end = next((l[3:] for _, l in reversed(lines) if l.startswith("== ")), None)
+        path = logfile("x86-%s-%s" % (HMM_TESTS, driver))
+        lines = [(t, l) for t, l in lines if not l.startswith("== ")]
+        write(path, "".join(l + "\n" for _, l in lines))
+        self.results, self.seconds, last = {}, {}, None
+        if lines:
+            self.results = dict((n.split(".", 1)[1], s) for n, s in kernels.parse_ktap(path, HMM_TESTS))
+        for now, line in lines:
+            m = re.match(r"(?:not )?ok \d+ (\S+)", line)
+            if m:
+                self.seconds[m.group(1)] = now - last
+            if m or re.match("# +RUN", line):
+                last = now
+
+    def cell(self, test):
+        status = self.results.get(test)
+        return "-" if not status else "%s %6.1f s" % (status, self.seconds.get(test, 0)) if status != "SKIP" else status
+
+    def sum(self):
+        count = [sum(s == which for s in self.results.values()) for which in ("PASS", "SKIP")]
+        return "%d passed, %d failed, %d skipped" % (count[0], len(self.results) - sum(count), count[1])
+
+
+def columns(kernels, lines):
+    """The output of stages.c, by driver."""
+    parts, name = {}, None
+    for when, line in lines:
+        if line in ("== " + OURS, "== " + MAINLINE):
+            name = line[3:]
+            parts[name] = []
+        elif name:
+            parts[name].append((when, line))
+    return [Column(kernels, n, parts.get(n, [])) for n in (OURS, MAINLINE)]
+
+
+def warnings(text):
+    return [l.strip() for l in text.splitlines() if debug.REPORT.search(l)]
+
+
+def quiet(log):
+    """The kernel said nothing that it should not have to, and its checkers found nothing."""
+    found = warnings(read(log))
+    if found:
+        raise Failure("%d reports, the first: %s" % (len(found), found[0]), log)
+    if checkers():
+        debug.clean(read(log), log)
+
+
+def prefix():
+    """Of a test's name: what is skipped under the checkers is so for their sake."""
+    return "debug:" if checkers() else "x86:"
+
+
+def upstream(tally, kernels, kernel, tests):
+    """hmm-tests in one boot: dummy_gpu, where a warning is a panic, and then test_hmm, where it is not."""
+    everything, log = hmmtests.names(kernels.src), logfile("x86-" + HMM_TESTS)
+    ours = mainline = None
+    later, note = {}, ""
+    with tally.test("x86: %s, %s and then %s" % (HMM_TESTS, OURS, MAINLINE)):
+        later = hmmtests.listed("x86-skips", everything)
+        stages = kernels.static("stages")
+        names = [arg for t in everything if t not in later for arg in ("-r", t)]
+        host = "/host" + tests
+        args = [str(STAGE), "/host" + module(kernels, kernel, OURS), NODE, host] + names + [
+            "--", "-/host" + module(kernels, kernel, MAINLINE), NODE, host]
+        out = Timed(logfile("x86-%s-output" % HMM_TESTS))
+        with contextlib.closing(out.file), open(logfile("x86-%s-errors" % HMM_TESTS), "wb") as err:
+            try:
+                boot(kernels, kernel, stages, "x86-" + HMM_TESTS, args, driver=None, out=out, err=err,
+                     timeout=TIMEOUT)
+            except Failure as e:
+                note = ", " + str(e)
+        ours, mainline = columns(kernels, out.lines)
+        before, _, after = read(log).partition("== %s\n" % MAINLINE)
+        found = warnings(after)
+        if warnings(before):
+            raise Failure("with %s: %s" % (OURS, warnings(before)[0]), log)
+        if ours.end not in ("exit 0", "exit 1"):
+            raise Failure("%s: %s" % (OURS, ours.end or "no end" + note), log)
+        if not mainline.results:
+            raise Failure("%s: %s, and no result" % (MAINLINE, mainline.end or "no end" + note), log)
+    if not ours:
+        return
+    say("    %-52s %-14s %s" % ("", OURS, MAINLINE))
+    for test in everything:
+        say("    %-52s %-14s %s" % (test, "later" if test in later else ours.cell(test), mainline.cell(test)))
+    say("    %s: %s; %s: %s%s" % (OURS, ours.sum(), MAINLINE, mainline.sum(), note))
+    for reason in dict.fromkeys(later.values()):
+        say("    later: %d tests; %s" % (sum(r == reason for r in later.values()), reason))
+    if found:
+        say("    %s: %d warnings of the kernel, the first: %s" % (MAINLINE, len(found), found[0]))
+    tally.skipped += len(later)
+    for test in everything if ours.results else ():
+        if test not in later:
+            tally.add("%s%s:%s" % (prefix(), HMM_TESTS, test), ours.results.get(test, "NO RESULT"))
+
+
+# --- ours ---------------------------------------------------------------------------------------------
+
+def kunit(tally, kernels, kernel):
+    log, results = logfile("x86-kunit"), []
+    with tally.test("x86: KUnit"):
+        boot(kernels, kernel, debug.nothing(kernels), "x86-kunit", extra=("kunit.enable=1",), timeout=TIMEOUT)
+        results = debug.kunit_results(kernels, read(log))
+        quiet(log)
+    for name, status in results:
+        tally.add(prefix() + "kunit:" + name, status)
+    say("    %d results" % len(results))
+
+
+def selftest(tally, kernels, kernel, path):
+    name = os.path.basename(path)
+    out, log, results = logfile("x86-%s-output" % name), logfile("x86-" + name), []
+    with tally.test("x86: selftest " + name):
+        with open(out, "wb") as f:
+            status = boot(kernels, kernel, path, "x86-" + name, out=f, err=f, extra=("kunit.enable=0", ROUNDS),
+                          timeout=TIMEOUT)
+        results = kernels.parse_ktap(out, name)
+        quiet(log)
+        if status not in (0, 4) and all(s in ("PASS", "SKIP") for _, s in results):
+            raise Failure("it ended with status %d" % status, out)
+    for test, result in results:
+        tally.add(prefix() + "selftest:" + test, result)
+
+
+def x86(tally, kernels):
+    kernel = directory = None
+    with tally.test("x86: the kernel builds"):
+        kernel = build(kernels)
+    if not kernel:
+        return
+    with tally.test("x86: the programs build"):
+        directory, names = kernels.programs()
+        tests = hmmtests.build(kernels)
+    kunit(tally, kernels, kernel)
+    if not directory:
+        return
+    upstream(tally, kernels, kernel, tests)
+    for name in names:
+        selftest(tally, kernels, kernel, os.path.join(directory, name))
+    with tally.test("x86: the demo"):
+        log = logfile("x86-demo-output")
+        with open(log, "wb") as f:
+            status = boot(kernels, kernel, os.path.join(directory, DEMO), "x86-demo",
+                          ["/host%s/vmlinux" % kernels.dir(kernel)], out=f, err=f, timeout=TIMEOUT)
+        if status:
+            raise Failure("the demo ended with status %d" % status, log)
