@@ -453,7 +453,8 @@ mod tests {
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(above, Access::Read);
             mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), || zap(mm, below))?;
-            assert_eq!(ops.count(), 1);
+            // The page may be a part of the huge page of zeroes, which is split first.
+            assert!(ops.count() >= 1);
             assert_eq!(buf.retries(), 0);
             assert!(mirror.read(above.start(), &mut [0]).is_ok());
             assert!(mirror.read(below.start(), &mut [0]).is_err());
