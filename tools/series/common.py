@@ -4,13 +4,11 @@
 import concurrent.futures
 import contextlib
 import os
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -27,7 +25,7 @@ def clean_env():
     Without what make passes down, without what would redirect a kernel build, and with no
     personal git configuration: the same input gives the same commits and patches everywhere.
     """
-    drop = re.compile(r"(MAKE.*|MFLAGS|GNUMAKEFLAGS|JOBS|TREE|FILE|RUN|ARGS|DRIVER|KVM|DEBUG|KERNEL_TREE|O|V|W|C|M|"
+    drop = re.compile(r"(MAKE.*|MFLAGS|GNUMAKEFLAGS|JOBS|TREE|FILE|RUN|ARGS|DRIVER|KVM|DEBUG|SAMPLE|KERNEL_TREE|O|V|W|C|M|"
                       r"ARCH|SUBARCH|CROSS_COMPILE|CC|LD|HOSTCC|LLVM|CLIPPY|K[A-Z]*FLAGS|KBUILD_.*|"
                       r"KCONFIG_.*|INSTALL_.*|GIT_.*|QUILT_.*|LC_.*|LANG|LANGUAGE)")
     env = {k: v for k, v in os.environ.items() if not drop.fullmatch(k)}
@@ -150,31 +148,22 @@ def tail(log, lines=20):
     return text[max(0, first - 2):first + lines - 2]
 
 
-def beside(lanes, items, work):
-    """work(lane, item) of each item. The lanes go on side by side, each with its share of the items in
-    their order. Yields (item, how long it took, a future) as they come to their ends."""
-    share, ended = -(-len(items) // len(lanes)), queue.SimpleQueue()
-    stop = threading.Event()
-
-    def go(lane, mine):
-        for item in mine:
+def ahead(items, first, then):
+    """first(item) of one after the other, and then(item, what that gave) of each in another thread
+    while first() of the next runs. Yields (item, when it began, a future)."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        last = None
+        for item in items:
             began, future = time.monotonic(), concurrent.futures.Future()
-            if stop.is_set():
-                return
             try:
-                future.set_result(work(lane, item))
-            except BaseException as e:      # pylint: disable=broad-except
+                future = thread.submit(then, item, first(item))
+            except Failure as e:
                 future.set_exception(e)
-            ended.put((item, time.monotonic() - began, future))
-
-    with concurrent.futures.ThreadPoolExecutor(len(lanes)) as threads:
-        try:
-            for number, lane in enumerate(lanes):
-                threads.submit(go, lane, items[number * share:(number + 1) * share])
-            for _ in items:
-                yield ended.get()
-        finally:
-            stop.set()
+            if last:
+                yield last
+            last = item, began, future
+        if last:
+            yield last
 
 
 RUNNING = set()     # what run() waits for; each is a process group of its own
@@ -251,7 +240,7 @@ def identity(name, email, date):
 @contextlib.contextmanager
 def scratch(name):
     """A directory in the cache for something half done; gone afterwards, whatever happens."""
-    path = os.path.join(CACHE, "tmp", "%s.%d.%d" % (name, os.getpid(), threading.get_ident()))
+    path = os.path.join(CACHE, "tmp", "%s.%d" % (name, os.getpid()))
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(path)
     try:

@@ -25,11 +25,10 @@ REPORTS = ("kmemleak", "lockdep_stats")        # what init leaves of a kernel th
 class Kernels:
     """The builds of one source tree. Each has its directory, and is built incrementally."""
 
-    def __init__(self, src, toolchain, out, lane=""):
+    def __init__(self, src, toolchain, out):
         self.src = src
         self.tc = toolchain
         self.out = out
-        self.lane = lane    # in the names of the logs of those that go on side by side
 
     def dir(self, name):
         path = os.path.join(self.out, name)
@@ -39,7 +38,7 @@ class Kernels:
     def make(self, name, *args, log=None, arch="um", check=True, timeout=3600, what=None):
         """make in the build directory of that name."""
         command = ["make", "-C", self.src, "O=" + self.dir(name), "ARCH=" + arch, "-j" + JOBS]
-        return run(command + self.tc.make + list(args), log or "build-" + name + self.lane, env=self.tc.env,
+        return run(command + self.tc.make + list(args), log or "build-" + name, env=self.tc.env,
                    timeout=timeout, check=check, what=what or "the build of " + name)
 
     def configure(self, name, *fragments, arch="um"):
@@ -91,9 +90,9 @@ class Kernels:
         bisection would compile nearly everything anew."""
         return self.dir("kunit" if self.kunitconfig().startswith(self.src) else "kunit-before")
 
-    def kunit_py(self, command, *args, log, timeout, check=True, what=None):
+    def kunit_py(self, command, *args, log, timeout, check=True, what=None, build_dir=None):
         return run([sys.executable, os.path.join(self.src, "tools/testing/kunit/kunit.py"), command,
-                    "--arch=um", "--build_dir=" + self.kunit_dir()] + list(args), log + self.lane, cwd=self.src,
+                    "--arch=um", "--build_dir=" + (build_dir or self.kunit_dir())] + list(args), log, cwd=self.src,
                    env=self.tc.env, timeout=timeout, check=check, what=what)
 
     def kunit_um(self):
@@ -109,16 +108,22 @@ class Kernels:
                       *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
                       what="the build of the KUnit kernel")
 
-    def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT):
+    def kunit_image(self, number):
+        """A copy of the KUnit kernel, to be booted while the next is built: one of two."""
+        path = self.dir("kunit-image-%d" % (number % 2))
+        shutil.copy(os.path.join(self.kunit_dir(), "linux"), path)
+        return path
+
+    def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT, image=None):
         """Boot the KUnit kernel: [(suite.test, PASS|FAIL|SKIP|ERROR)], and the kernel's log."""
-        log = os.path.join(self.kunit_dir(), "test.log")
+        log = os.path.join(image or self.kunit_dir(), "test.log")
         with scratch("kunit") as tmp:
             result = os.path.join(tmp, "result.json")
             status = self.kunit_py("exec", "--json=" + result, "--timeout=%d" % timeout,
                                    *("--kernel_args=" + a for a in SAFETY), *([pattern] if pattern else []),
-                                   log="kunit", timeout=timeout + 60, check=False)
+                                   log="kunit", timeout=timeout + 60, check=False, build_dir=image)
             if not os.path.exists(result):
-                raise Failure("kunit.py gave no result", log if os.path.exists(log) else logfile("kunit" + self.lane))
+                raise Failure("kunit.py gave no result", log if os.path.exists(log) else logfile("kunit"))
             results, broken = flatten(json.loads(read(result)))
         text = read(log)
         if broken or "Kernel panic" in text or (status and all(s in ("PASS", "SKIP") for _, s in results)):
