@@ -66,9 +66,10 @@ def walk(tally, base, head, kernels, worktree):
             return None
         worktree(base, "src", commit)
         builds(kernels, changes(number, NO_KERNEL + ONLY_RUST))
-        return kernels.kunit_image(number)
+        return kernels.kunit_image(chosen.index(commit))
 
-    for commit, began, booted in ahead(sample(commits, head), build, lambda _, image: image and suites_pass(kernels, image)):
+    chosen = sample(commits, head)
+    for commit, began, booted in ahead(chosen, build, lambda _, image: image and suites_pass(kernels, image)):
         subject = git(base.repo, "log", "-1", "--format=%s", commit)
         name = "bisect: %d/%d %s" % (commits.index(commit) + 1, len(commits), subject)
         with tally.test(name[:62], began):
@@ -172,7 +173,7 @@ def mutants(tally, base, head, kernels, worktree):
         if run(["git", "-C", src, "apply", path], "mutants", check=False):
             raise Failure("%s does not apply" % path, logfile("mutants"))
         kernels.kunit_build()
-        return kernels.kunit_image(files.index(path))
+        return kernels.kunit_image(chosen.index(path))
 
     def boot(path, image):
         for test in diff_of(path)[1]:
@@ -182,7 +183,8 @@ def mutants(tally, base, head, kernels, worktree):
             if got != "FAIL":
                 raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit"))
 
-    for path, began, booted in ahead(sample(files, head), build, boot):
+    chosen = sample(files, head)
+    for path, began, booted in ahead(chosen, build, boot):
         with tally.test("mutant: " + os.path.basename(path)[:-5], began):
             booted.result()
     worktree(base, "src", head)
