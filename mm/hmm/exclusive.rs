@@ -146,13 +146,7 @@ fn mirror_make_exclusive(
         if make_exclusive(mm, &region, page, seq, buf, f)? {
             return Ok(());
         }
-        buf.retries += 1;
-        if current.fatal_signal_pending() {
-            return Err(EINTR);
-        }
-        if deadline.is_over() {
-            return Err(EBUSY);
-        }
+        deadline.retry(buf)?;
     }
 }
 

@@ -181,8 +181,20 @@ impl Deadline {
         }
     }
 
-    pub(crate) fn is_over(&self) -> bool {
-        self.left().is_negative()
+    /// Counts one more collision of `buf`'s fault, which is to start again then.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] on a fatal signal, [`EBUSY`] if the time is over.
+    pub(crate) fn retry(&self, buf: &mut FaultBuf) -> Result {
+        buf.retries += 1;
+        if kernel::current!().fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        if self.left().is_negative() {
+            return Err(EBUSY);
+        }
+        Ok(())
     }
 
     /// What is left, for the next report: one jiffy at least, since none is no bound there.
@@ -694,13 +706,7 @@ impl Mirror {
                     _ => return Err(err),
                 },
             }
-            buf.retries += 1;
-            if current.fatal_signal_pending() {
-                return Err(EINTR);
-            }
-            if deadline.is_over() {
-                return Err(EBUSY);
-            }
+            deadline.retry(buf)?;
         }
     }
 }

@@ -38,6 +38,10 @@ use kernel::{
         Arc,
         SpinLock, //
     },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
 };
 
 /// Maps `pages` pages, a power of two, aligned to as many.
@@ -50,6 +54,18 @@ fn map_aligned(mm: &UserMm, pages: usize, prot: Prot) -> Result<PageRange> {
 /// Page `index` of `range`.
 fn page(range: PageRange, index: usize) -> Result<PageRange> {
     PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
+}
+
+/// Writes the byte at `va`, as the process does.
+fn user_write(va: usize, byte: u8) -> Result {
+    UserSlice::new(UserPtr::from_addr(va), 1)
+        .writer()
+        .write(&byte)
+}
+
+/// Reads the byte at `va`, as the process does.
+fn user_read(va: usize) -> Result<u8> {
+    UserSlice::new(UserPtr::from_addr(va), 1).reader().read()
 }
 
 /// A driver that notes what it is told.

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 
-from common import HERE, Failure, logfile, output, read, run, say, scratch, write
+from common import HERE, Failure, fail_if, logfile, output, read, run, say, scratch, write
 
 LISTS = HERE + "/audit/"
 EXPORTS = "mm/hmm/exports.c"
@@ -23,16 +23,16 @@ CONFIG = ("CONFIG_RUST_HMM=y", "CONFIG_RUST_HMM_DEVICE=y", "CONFIG_DEVICE_PRIVAT
 TYPES = {"mirror": "Mirror", "pool": "DevicePool"}      # what hmm_<this>_<method> is a method of
 
 
-def fail_if(problems):
-    if problems:
-        raise Failure("\n      ".join([""] + sorted(problems)))
-
-
 def listed(name, reasons=True):
     """The names in a list; each line has one, and its reason."""
     lines = [l.split() for l in read(LISTS + name).splitlines() if l.strip() and not l.startswith("#")]
     fail_if(["%s is in audit/%s without a reason" % (l[0], name) for l in lines if reasons and not l[1:]])
     return {l[0] for l in lines}
+
+
+def exports(src):
+    """The symbols in exports.c, in its order."""
+    return re.findall(r"^EXPORT_SYMBOL\w*\((\w+)", read(os.path.join(src, EXPORTS)), re.M)
 
 
 class Build:
@@ -51,10 +51,6 @@ class Build:
     def symvers(self):
         """Of each symbol that a module can link to: EXPORT_SYMBOL or EXPORT_SYMBOL_GPL."""
         return {l.split("\t")[1]: l.split("\t")[3] for l in read(self.out + "/Module.symvers").splitlines()}
-
-    def exports(self):
-        """The symbols in exports.c, in its order."""
-        return re.findall(r"^EXPORT_SYMBOL\w*\((\w+)", read(os.path.join(self.src, EXPORTS)), re.M)
 
     def helpers(self):
         """What the C functions behind each rust_helper_* need: the relocations in its code."""
@@ -99,15 +95,15 @@ def of_mm(b):
 def exported(b):
     """Every line is GPL-only and has a user in the driver."""
     symvers, needs = b.symvers(), b.undefined(MODULE)
-    fail_if(["%s is %s" % (s, symvers.get(s, "not exported")) for s in b.exports()
+    fail_if(["%s is %s" % (s, symvers.get(s, "not exported")) for s in exports(b.src)
              if symvers.get(s) != "EXPORT_SYMBOL_GPL"]
-            + ["%s: the driver does not link to it" % s for s in b.exports() if s not in needs])
+            + ["%s: the driver does not link to it" % s for s in exports(b.src) if s not in needs])
 
 
 def linked(b):
     """The driver links to nothing else but what it may; of mm only what its own pages need."""
     allowed, own = listed("driver-symbols", reasons=False), listed("driver-own-pages")
-    mm, symvers, needs = of_mm(b), b.symvers(), b.undefined(MODULE) - set(b.exports())
+    mm, symvers, needs = of_mm(b), b.symvers(), b.undefined(MODULE) - set(exports(b.src))
     fail_if(["%s: the driver links to it, and it is not in audit/driver-symbols" % s for s in needs - allowed - own]
             + ["%s is mm's" % s for s in ((needs | allowed) & mm) - own]
             + ["%s is in audit/driver-own-pages, and the driver does not link to it" % s for s in own - needs]
@@ -317,7 +313,7 @@ def export_audit(tally, kernels):
         with tally.test("audit: the documentation has the table of the exports"):
             if not crate:
                 raise Failure("there is no list")
-            table = rst_table(crate.table(b.exports()))
+            table = rst_table(crate.table(exports(b.src)))
             documented(b, table)
         for line in table.splitlines():
             say("    " + line)

@@ -12,7 +12,7 @@ import time
 import patches
 from audit import export_audit
 from compilefail import compile_fail
-from common import ENV, HERE, JOBS, Failure, git, git_ok, logfile, output, read, run
+from common import ENV, HERE, JOBS, Failure, fail_if, git, git_ok, logfile, output, read, run
 from kernel import SELFTESTS
 
 
@@ -61,12 +61,6 @@ def findings(text, src, changes, directory=""):
         if changes.ours(path, int(m.group(2))):
             found.append("%s:%s: %s" % (path, m.group(2), rust if place else m.group(3)))
     return list(dict.fromkeys(found))
-
-
-def fail_if(problems, log=None):
-    if problems:
-        more = ["(and %d more)" % (len(problems) - 15)] if len(problems) > 15 else []
-        raise Failure("\n      ".join([""] + problems[:15] + more), log)
 
 
 def quilt(tree, files):

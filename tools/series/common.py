@@ -47,6 +47,13 @@ class Failure(Exception):
         self.status = status
 
 
+def fail_if(problems, log=None):
+    """Raises a Failure that has the first of them."""
+    if problems:
+        more = ["(and %d more)" % (len(problems) - 15)] if len(problems) > 15 else []
+        raise Failure("\n      ".join([""] + sorted(problems)[:15] + more), log)
+
+
 def read(path):
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         return f.read()
@@ -121,6 +128,14 @@ class Tally:
             self.failed += 1
             say("    not ok: %s%s" % (name, " was skipped, and tools/series/skips does not list it"
                                       if status == "SKIP" else " " + status))
+
+    def results(self, prefix, results, output=None):
+        """Those of a program; of what it has printed, the lines that say why one failed."""
+        for name, status in results:
+            self.add(prefix + name, status)
+        if output and any(status not in ("PASS", "SKIP") for _, status in results):
+            why = [l for l in read(output).splitlines() if re.match(r"# (\S+\.c:\d+:|\S+: Test )", l)]
+            say("".join("      %s\n" % l for l in why[:15]) + "      its output: %s" % output)
 
     def finish(self):
         """The last line of a run, and its exit status."""

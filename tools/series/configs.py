@@ -11,8 +11,9 @@ import os
 import re
 
 import machine
-from check import fail_if, findings
-from common import CACHE, HERE, Failure, logfile, output, read, run, scratch, write
+from audit import exports
+from check import findings
+from common import CACHE, HERE, Failure, fail_if, logfile, output, read, run, scratch, write
 from kernel import Kernels
 
 CRATE, DRIVER = "mm/hmm/", "drivers/gpu/dummy/"
@@ -140,9 +141,8 @@ def build(kernels, changes, name, directory, arch, targets):
 
 def versions(kernels, directory):
     """Every export of the crate has the version of its type."""
-    exports = re.findall(r"^EXPORT_SYMBOL_GPL\((\w+)", read(kernels.src + "/mm/hmm/exports.c"), re.M)
     have = dict(re.findall(r"^#SYMVER (\w+) (0x\w+)", read(kernels.dir(directory) + "/mm/hmm/.exports.o.cmd"), re.M))
-    fail_if(["%s: version %s" % (e, have.get(e)) for e in exports if int(have.get(e, "0"), 16) == 0])
+    fail_if(["%s: version %s" % (e, have.get(e)) for e in exports(kernels.src) if int(have.get(e, "0"), 16) == 0])
 
 
 def header(kernels, directory, arch):

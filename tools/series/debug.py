@@ -7,12 +7,13 @@ import os
 import re
 
 from common import HERE, Failure, logfile, read, run, write
-from prove import diff_of
+from prove import apply, diff_of
 
 PLANTED = os.path.join(HERE, "planted")
 KERNEL = "debug"
 SMP = ("ncpus=2", "seccomp=on")     # UML has a second CPU with both only
 TIMEOUT = 900
+NO_KMEMLEAK = ("dmirror_fork_test",)    # it takes twice the time there; what it allocates, dmirror_test does too
 ROUNDS = "DUMMY_GPU_ROUNDS=10"      # of dummy_gpu_life_test; the kernel hands it to init
 
 # What a checker, or lockdep that gives up, leaves in the log. Not all of them panic.
@@ -26,16 +27,13 @@ def debug_kernel(kernels):
     return kernels.build(KERNEL, kernels.kunitconfig(), HERE + "/um.config", HERE + "/debug.config")
 
 
-def boot(kernels, program, name, out, extra):
-    """Returns the program's status and the text of the kernel's log. Two CPUs are asserted."""
-    with open(out, "wb") as f:
-        status = kernels.boot(program, out=f, err=f, name=name, timeout=TIMEOUT, extra=SMP + tuple(extra),
-                              kernel=KERNEL)
-    log = logfile(name)
-    text = read(log)
-    if not re.search(r"smp: Brought up 1 node, 2 CPUs", text):
-        raise Failure("it ran on one CPU", log)
-    return status, text
+def boot(kernels, program, name, extra, out=None):
+    """Returns the program's status. Two CPUs are asserted."""
+    status = kernels.boot(program, out=out, err=out, name=name, timeout=TIMEOUT, extra=SMP + tuple(extra),
+                          kernel=KERNEL)
+    if not re.search(r"smp: Brought up 1 node, 2 CPUs", read(logfile(name))):
+        raise Failure("it ran on one CPU", logfile(name))
+    return status
 
 
 def leaks(text):
@@ -45,14 +43,15 @@ def leaks(text):
     return [o for o in objects if o.startswith("unreferenced") and not re.search(r'comm "swapper/0", pid 0,', o)]
 
 
-def clean(text, log):
-    """Whether the checkers were there to the end, and said nothing."""
+def clean(log, kmemleak=True):
+    """The checkers were there to the end, and said nothing."""
+    text = read(log)
     found = [l for l in text.partition("== kmemleak\n")[0].splitlines() if REPORT.search(l)] + leaks(text)
     if found:
         raise Failure("%d reports, the first: %s" % (len(found), found[0].strip()), log)
     if not re.search(r"^ debug_locks: +1$", text, re.M):
         raise Failure("lockdep was off at the end", log)
-    if "== kmemleak\n" not in text:
+    if kmemleak and "== kmemleak\n" not in text:
         raise Failure("kmemleak was not asked", log)
 
 
@@ -82,8 +81,7 @@ def planted(tally, base, head, kernels, worktree):
     with tally.test("debug: the kernel builds with %d planted bugs" % len(files)):
         src = worktree(base, "src", head)
         for path in files:
-            if run(["git", "-C", src, "apply", path], "planted", check=False):
-                raise Failure("%s does not apply" % path, logfile("planted"))
+            apply(src, path)
         debug_kernel(kernels)
     for path in files:
         name = os.path.basename(path)[:-5]
@@ -94,8 +92,8 @@ def planted(tally, base, head, kernels, worktree):
                 raise Failure("%s names no test, or not what is to be said (Test:, Says:)" % path)
             log = logfile("debug-planted-" + name)
             try:
-                boot(kernels, nothing(kernels), "debug-planted-" + name, logfile("debug-output"),
-                     extra=["kunit.filter_glob=" + tests[0]] + ["kmemleak=off"] * (name != "kmemleak"))
+                boot(kernels, nothing(kernels), "debug-planted-" + name,
+                     ["kunit.filter_glob=" + tests[0]] + ["kmemleak=off"] * (name != "kmemleak"))
             except Failure as e:
                 if e.status != 125:      # a report may end in a panic
                     raise
@@ -111,17 +109,15 @@ def debug(tally, base, head, kernels, worktree):
         debug_kernel(kernels)
         directory, names = kernels.programs()
         nothing(kernels)
-    runs = [("KUnit", nothing(kernels), ("kunit.enable=1",))]
-    runs += [("selftest " + n, os.path.join(directory, n), ("kunit.enable=0", ROUNDS)) for n in names]
-    for what, program, extra in runs:
-        name = "debug-" + what.replace(" ", "-")
-        out, log, results = logfile(name + "-output"), logfile(name), []
-        with tally.test("debug: " + what):
-            status, text = boot(kernels, program, name, out, extra=extra)
-            kunit = what == "KUnit"
-            results = kunit_results(kernels, text) if kunit else kernels.parse_ktap(out, os.path.basename(program))
-            clean(text, log)
-            if status not in (0, 4) and all(s in ("PASS", "SKIP") for _, s in results):
-                raise Failure("it ended with status %d" % status, out)
-        for test, result in results:
-            tally.add("debug:" + ("kunit:" if kunit else "selftest:") + test, result)
+    log, results = logfile("debug-kunit"), []
+    with tally.test("debug: KUnit"):
+        boot(kernels, nothing(kernels), "debug-kunit", ["kunit.enable=1"])
+        results = kunit_results(kernels, read(log))
+        clean(log)
+    tally.results("debug:kunit:", results)
+    for name in names:
+        words = ["kunit.enable=0", ROUNDS] + ["kmemleak=off"] * (name in NO_KMEMLEAK)
+        kernels.selftest(
+            tally, "debug", name, prefix="debug:",
+            boot=lambda log, f: boot(kernels, os.path.join(directory, name), log, words, f),
+            look=lambda log: clean(log, kmemleak=name not in NO_KMEMLEAK))

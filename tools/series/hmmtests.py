@@ -5,7 +5,7 @@ import fnmatch
 import os
 import re
 
-from common import HERE, Failure, read, run
+from common import HERE, Failure, read, run, say
 
 MM = "tools/testing/selftests/mm"
 HMM_TESTS = "hmm-tests"
@@ -40,3 +40,15 @@ def listed(path, tests):
             raise Failure("%s: there is no test %s" % (path, pattern))
         reasons.update((t, reason.strip()) for t in found)
     return reasons
+
+
+def arguments(tests, later):
+    """Has hmm-tests run those tests that are not for later."""
+    return [arg for t in tests if t not in later for arg in ("-r", t)]
+
+
+def tell(tally, later):
+    """Says which are for later."""
+    for reason in dict.fromkeys(later.values()):
+        say("    skipped: %d of its tests (%s)" % (sum(r == reason for r in later.values()), reason))
+    tally.skipped += len(later)

@@ -108,7 +108,8 @@ static void copy(const char *from, const char *to)
 
 /*
  * Objects younger than five seconds are not reported, nor those that have changed since the scan
- * before; modules are gone by then, so that what they have left behind is found too.
+ * before; modules are gone by then, so that what they have left behind is found too. The third
+ * scan is for what the first two have found to be changing.
  */
 static void look_for_leaks(void)
 {
@@ -117,7 +118,7 @@ static void look_for_leaks(void)
 
 	if (fd < 0)
 		return;
-	for (i = 0; i < 4; i++) {
+	for (i = 0; i < 3; i++) {
 		if (write(fd, "scan", 4) != 4) {
 			/* kmemleak=off on the command line. */
 			if (errno == EPERM)

@@ -3,6 +3,7 @@
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ class Kernels:
         self.src = src
         self.tc = toolchain
         self.out = out
+        self.images = itertools.cycle(("kunit-image-0", "kunit-image-1"))
 
     def dir(self, name):
         path = os.path.join(self.out, name)
@@ -108,9 +110,9 @@ class Kernels:
                       *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
                       what="the build of the KUnit kernel")
 
-    def kunit_image(self, number):
+    def kunit_image(self):
         """A copy of the KUnit kernel, to be booted while the next is built: one of two."""
-        path = self.dir("kunit-image-%d" % (number % 2))
+        path = self.dir(next(self.images))
         shutil.copy(os.path.join(self.kunit_dir(), "linux"), path)
         return path
 
@@ -203,6 +205,21 @@ class Kernels:
         if how == "init":
             raise Failure("before the program: " + value.strip(), log, 125)
         return int(value) + (128 if how == "signal" else 0)
+
+    def selftest(self, tally, tier, name, boot, look=None, prefix=None):
+        """A program in a boot of its own, which boot(log, output) makes; what it prints is read as
+        KTAP. look(log) is for what the kernel has said."""
+        log, results = "%s-%s" % (tier, name), []
+        output = logfile(log + "-output")
+        with tally.test("%s: selftest %s" % (tier, name)):
+            with open(output, "wb") as f:
+                status = boot(log, f)
+            results = self.parse_ktap(output, name)
+            if look:
+                look(logfile(log))
+            if status not in (0, 4) and all(s in ("PASS", "SKIP") for _, s in results):
+                raise Failure("it ended with status %d" % status, output)
+        tally.results("%sselftest:" % (prefix or ""), results, output)
 
     def uml(self, kernel, root, consoles, words):
         """The command that boots a kernel of UML; its two consoles are file descriptors."""

@@ -66,7 +66,7 @@ def walk(tally, base, head, kernels, worktree):
             return None
         worktree(base, "src", commit)
         builds(kernels, changes(number, NO_KERNEL + ONLY_RUST))
-        return kernels.kunit_image(chosen.index(commit))
+        return kernels.kunit_image()
 
     chosen = sample(commits, head)
     for commit, began, booted in ahead(chosen, build, lambda _, image: image and suites_pass(kernels, image)):
@@ -81,6 +81,12 @@ def diff_of(path):
     text = read(path)
     prose = text.split("\ndiff --git ")[0]
     return prose, re.findall(r"^Test:\s*(\S+)\s*$", prose, re.M)
+
+
+def apply(src, path):
+    """Applies a diff with prose before it to what is checked out."""
+    if run(["git", "-C", src, "apply", path], "apply", check=False):
+        raise Failure("%s does not apply" % path, logfile("apply"))
 
 
 def plant(base, head, tree):
@@ -170,10 +176,9 @@ def mutants(tally, base, head, kernels, worktree):
         if not diff_of(path)[1]:
             raise Failure("%s names no test (Test: suite.test)" % path)
         src = worktree(base, "src", head)
-        if run(["git", "-C", src, "apply", path], "mutants", check=False):
-            raise Failure("%s does not apply" % path, logfile("mutants"))
+        apply(src, path)
         kernels.kunit_build()
-        return kernels.kunit_image(chosen.index(path))
+        return kernels.kunit_image()
 
     def boot(path, image):
         for test in diff_of(path)[1]:

@@ -10,7 +10,7 @@ import time
 
 import debug
 import hmmtests
-from common import HERE, Failure, logfile, read, run, say, write
+from common import HERE, Failure, logfile, read, say, write
 from hmmtests import HMM_TESTS
 from kernel import DEMO
 
@@ -110,7 +110,6 @@ class Timed:
     """A log that knows when each of its lines came."""
 
     def __init__(self, path):
-        self.path = path
         self.file = open(path, "wb")
         self.rest = b""
         self.lines = []
@@ -128,7 +127,6 @@ class Column:
     """What a stage on one driver has come to."""
 
     def __init__(self, kernels, driver, lines):
-        self.name = driver
         self.end = next((l[3:] for _, l in reversed(lines) if l.startswith("== ")), None)
         path = logfile("x86-%s-%s" % (HMM_TESTS, driver))
         lines = [(t, l) for t, l in lines if not l.startswith("== ")]
@@ -176,7 +174,7 @@ def quiet(log):
     if found:
         raise Failure("%d reports, the first: %s" % (len(found), found[0]), log)
     if checkers():
-        debug.clean(read(log), log)
+        debug.clean(log)
 
 
 def prefix():
@@ -192,7 +190,7 @@ def upstream(tally, kernels, kernel, tests):
     with tally.test("x86: %s, %s and then %s" % (HMM_TESTS, OURS, MAINLINE)):
         later = hmmtests.listed("x86-skips", everything)
         stages = kernels.static("stages")
-        names = [arg for t in everything if t not in later for arg in ("-r", t)]
+        names = hmmtests.arguments(everything, later)
         host = "/host" + tests
         args = [str(STAGE), "/host" + module(kernels, kernel, OURS), NODE, host] + names + [
             "--", "-/host" + module(kernels, kernel, MAINLINE), NODE, host]
@@ -218,11 +216,9 @@ def upstream(tally, kernels, kernel, tests):
     for test in everything:
         say("    %-52s %-14s %s" % (test, "later" if test in later else ours.cell(test), mainline.cell(test)))
     say("    %s: %s; %s: %s%s" % (OURS, ours.sum(), MAINLINE, mainline.sum(), note))
-    for reason in dict.fromkeys(later.values()):
-        say("    later: %d tests; %s" % (sum(r == reason for r in later.values()), reason))
     if found:
         say("    %s: %d warnings of the kernel, the first: %s" % (MAINLINE, len(found), found[0]))
-    tally.skipped += len(later)
+    hmmtests.tell(tally, later)
     for test in everything if ours.results else ():
         if test not in later:
             tally.add("%s%s:%s" % (prefix(), HMM_TESTS, test), ours.results.get(test, "NO RESULT"))
@@ -238,24 +234,8 @@ def kunit(tally, kernels, kernel):
         boot(kernels, kernel, debug.nothing(kernels), "x86-kunit", extra=("kunit.enable=1",), timeout=TIMEOUT)
         results = debug.kunit_results(kernels, read(log))
         quiet(log)
-    for name, status in results:
-        tally.add(prefix() + "kunit:" + name, status)
+    tally.results(prefix() + "kunit:", results)
     say("    %d results" % len(results))
-
-
-def selftest(tally, kernels, kernel, path):
-    name = os.path.basename(path)
-    out, log, results = logfile("x86-%s-output" % name), logfile("x86-" + name), []
-    with tally.test("x86: selftest " + name):
-        with open(out, "wb") as f:
-            status = boot(kernels, kernel, path, "x86-" + name, out=f, err=f, extra=("kunit.enable=0", ROUNDS),
-                          timeout=TIMEOUT)
-        results = kernels.parse_ktap(out, name)
-        quiet(log)
-        if status not in (0, 4) and all(s in ("PASS", "SKIP") for _, s in results):
-            raise Failure("it ended with status %d" % status, out)
-    for test, result in results:
-        tally.add(prefix() + "selftest:" + test, result)
 
 
 def x86(tally, kernels):
@@ -272,7 +252,10 @@ def x86(tally, kernels):
         return
     upstream(tally, kernels, kernel, tests)
     for name in names:
-        selftest(tally, kernels, kernel, os.path.join(directory, name))
+        kernels.selftest(
+            tally, "x86", name, prefix=prefix(), look=quiet,
+            boot=lambda log, f: boot(kernels, kernel, os.path.join(directory, name), log, out=f, err=f,
+                                     extra=("kunit.enable=0", ROUNDS), timeout=TIMEOUT))
     with tally.test("x86: the demo"):
         log = logfile("x86-demo-output")
         with open(log, "wb") as f:

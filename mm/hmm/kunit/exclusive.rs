@@ -17,6 +17,8 @@ use super::{
     },
     map_aligned,
     page,
+    user_read,
+    user_write,
     Recorder, //
 };
 use kernel::{
@@ -27,22 +29,8 @@ use kernel::{
     },
     page::PAGE_SIZE,
     prelude::*,
-    sync::Arc,
-    uaccess::{
-        UserPtr,
-        UserSlice, //
-    },
+    sync::Arc, //
 };
-
-fn user_write(va: usize, byte: u8) -> Result {
-    UserSlice::new(UserPtr::from_addr(va), 1)
-        .writer()
-        .write(&byte)
-}
-
-fn user_read(va: usize) -> Result<u8> {
-    UserSlice::new(UserPtr::from_addr(va), 1).reader().read()
-}
 
 /// Makes `page` exclusive; returns how often that was tried again.
 fn make_exclusive(mirror: &Mirror, page: PageRange) -> Result<u32> {

@@ -22,6 +22,8 @@ use super::{
     },
     map_aligned,
     page,
+    user_read,
+    user_write,
     Recorder, //
 };
 use kernel::{
@@ -32,10 +34,6 @@ use kernel::{
     },
     page::PAGE_SIZE,
     prelude::*,
-    uaccess::{
-        UserPtr,
-        UserSlice, //
-    },
 };
 
 /// Faults `range` for `access`; the entries of the window as letters: `r`ead, `w`rite, `h`ole,
@@ -91,16 +89,6 @@ fn zap(mm: &UserMm, range: PageRange) {
 /// Maps 8 pages, aligned to a window of 8.
 fn map_window(mm: &UserMm, prot: Prot) -> Result<PageRange> {
     map_aligned(mm, 8, prot)
-}
-
-fn user_write(va: usize, byte: u8) -> Result {
-    UserSlice::new(UserPtr::from_addr(va), 1)
-        .writer()
-        .write(&byte)
-}
-
-fn user_read(va: usize) -> Result<u8> {
-    UserSlice::new(UserPtr::from_addr(va), 1).reader().read()
 }
 
 #[kunit_tests(hmm_fault)]

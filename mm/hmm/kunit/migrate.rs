@@ -185,6 +185,16 @@ fn user_has(va: usize, byte: u8) -> Result<bool> {
     Ok(true)
 }
 
+/// Whether the pages of `window` are full of what [`map_window`] writes to them.
+fn holds(window: PageRange, first: u8) -> Result<bool> {
+    for (n, va) in window.page_addrs().enumerate() {
+        if !user_has(va, first + n as u8)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Page data for the pool of a [`Setup`].
 fn number() -> Result<RawData> {
     // SAFETY: Its page data is a `u64`.
@@ -212,9 +222,7 @@ mod tests {
                 assert_eq!(first_byte(&setup.mirror, va), Some(1 + n as u8));
                 assert!(setup.mirror.write(va, &[101 + n as u8; PAGE_SIZE]).is_ok());
             }
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 101 + n as u8)?);
-            }
+            assert!(holds(window, 101)?);
             // One touch brings its neighbours along, and nothing stays behind.
             assert_eq!(setup.home(MigrateReason::CpuFault), WINDOW as u64);
             assert_eq!(setup.freed(), WINDOW as u64);
@@ -320,9 +328,7 @@ mod tests {
             assert_eq!(setup.used(), WINDOW);
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW);
             setup.device.most.store(usize::MAX, Relaxed);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             assert_eq!(setup.used(), 0);
             Ok(())
         })
@@ -363,9 +369,7 @@ mod tests {
             })?;
             drop(pool);
             assert_eq!(device.home(MigrateReason::Evict), WINDOW as u64);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -389,9 +393,7 @@ mod tests {
             assert_eq!(touched, Err(EFAULT));
             assert_eq!(fault(&setup.mirror, page(window, 9)?, Access::Write)?, 1);
             setup.device.bad.store(usize::MAX, Relaxed);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -427,9 +429,7 @@ mod tests {
             assert_eq!(setup.used(), WINDOW);
             assert_eq!(with_allocs(3, || setup.migrate_out(window)), Ok(3));
             assert_eq!(setup.home(MigrateReason::Request), 3);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -602,9 +602,7 @@ mod tests {
 
             assert_eq!(setup.used(), 0);
             assert_eq!(setup.freed(), WINDOW as u64);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -649,9 +647,7 @@ mod tests {
             assert_eq!(evicted, Ok(WINDOW - 1));
             assert_eq!(setup.home(MigrateReason::Evict), WINDOW as u64 - 1);
             setup.pool.pool().settle([0].into_iter());
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             assert_eq!(setup.used(), 0);
             Ok(())
         })
@@ -713,9 +709,7 @@ mod tests {
             assert_eq!(setup.migrate_out(window)?, WINDOW - 3);
             assert_eq!(setup.home(MigrateReason::Request), WINDOW as u64);
             assert_eq!(setup.home(MigrateReason::CpuFault), 0);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -814,9 +808,7 @@ mod tests {
             assert_eq!(setup.used(), WINDOW - 1);
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, WINDOW - 1);
             assert_eq!(fault(&setup.mirror, page(window, 2)?, Access::Write)?, 0);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -837,9 +829,7 @@ mod tests {
             setup.device.keeps.store(1, Relaxed);
             assert_eq!(setup.migrate_out(window)?, WINDOW - 1);
             assert_eq!(setup.used(), 1);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             assert_eq!(setup.used(), 0);
             Ok(())
         })
@@ -861,9 +851,7 @@ mod tests {
             assert_eq!(setup.pool.evict().err(), Some(EIO));
             assert_eq!(setup.used(), WINDOW);
             setup.device.most.store(usize::MAX, Relaxed);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -907,9 +895,7 @@ mod tests {
             assert_eq!(setup.migrate_out(window), Err(EPERM));
             assert_eq!(setup.used(), 0);
             assert_eq!(setup.freed(), 0);
-            for (n, va) in window.page_addrs().enumerate() {
-                assert!(user_has(va, 1 + n as u8)?);
-            }
+            assert!(holds(window, 1)?);
             Ok(())
         })
     }

@@ -16,6 +16,7 @@ use super::{
         pfn::Access,
         range::PageRange,
     },
+    user_write,
     Recorder, //
 };
 use kernel::{
@@ -53,9 +54,7 @@ fn map(mm: &UserMm, pages: usize, byte: u8) -> Result<PageRange> {
     let len = pages * PAGE_SIZE;
     let range = PageRange::from_len(mm.mmap_anonymous(len, Prot::ReadWrite)?, len)?;
     for va in range.page_addrs() {
-        UserSlice::new(UserPtr::from_addr(va), 1)
-            .writer()
-            .write(&byte)?;
+        user_write(va, byte)?;
     }
     Ok(range)
 }

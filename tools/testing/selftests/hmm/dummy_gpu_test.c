@@ -1671,13 +1671,19 @@ struct churn {
 	size_t length;
 	bool remap;
 	bool stop;
+	long pause;
 	unsigned long rounds;
 	int err;
 };
 
+/*
+ * Pauses between its rounds, for up to what a command takes alone: whoever never lets go
+ * keeps the device from ever getting there, on some machines for longer than a test may take.
+ */
 static void *churn_thread(void *arg)
 {
 	struct churn *churn = arg;
+	uint64_t seed = 1;
 
 	while (!__atomic_load_n(&churn->stop, __ATOMIC_ACQUIRE)) {
 		if (!churn->remap) {
@@ -1692,7 +1698,7 @@ static void *churn_thread(void *arg)
 		if (churn->err)
 			break;
 		__atomic_add_fetch(&churn->rounds, 1, __ATOMIC_RELEASE);
-		sched_yield();
+		usleep(cpu_random(&seed) % (churn->pause + 1));
 	}
 	return NULL;
 }
@@ -1700,6 +1706,14 @@ static void *churn_thread(void *arg)
 static unsigned long churn_rounds(struct churn *churn)
 {
 	return __atomic_load_n(&churn->rounds, __ATOMIC_ACQUIRE);
+}
+
+static long now_us(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000 * 1000 + now.tv_nsec / 1000;
 }
 
 /* Another thread writes to, unmaps and maps other memory: the result is right. */
@@ -1716,6 +1730,9 @@ TEST_F(svm, churn_elsewhere)
 
 	ASSERT_NE(MAP_FAILED, p);
 	ASSERT_NE(MAP_FAILED, churn.p);
+	churn.pause = -now_us();
+	ASSERT_EQ(0, compare_rounds(self->fd, p, length, 1, 0));
+	churn.pause += now_us();
 	ASSERT_EQ(0, pthread_create(&thread, NULL, churn_thread, &churn));
 	for (unsigned int i = 0; i < 200 && (i < 20 || churn_rounds(&churn) < 20); i++) {
 		EXPECT_EQ(0, compare_rounds(self->fd, p, length, 1, i));
@@ -1738,6 +1755,9 @@ TEST_F(svm, churn_here)
 	pthread_t thread;
 
 	ASSERT_NE(MAP_FAILED, churn.p);
+	churn.pause = -now_us();
+	ASSERT_EQ(0, run(self->fd, gpu_fill(churn.p, 0x5b, length)));
+	churn.pause += now_us();
 	ASSERT_EQ(0, pthread_create(&thread, NULL, churn_thread, &churn));
 	for (unsigned int i = 0; i < 200 && (i < 20 || churn_rounds(&churn) < 20); i++) {
 		ASSERT_EQ(0, run(self->fd, gpu_fill(churn.p, 0x5b, length)));
