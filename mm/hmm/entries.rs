@@ -104,10 +104,10 @@ impl Entries {
 
     /// Replaces the entries of `range`, which lies in one leaf; `pfns` has one element a page.
     ///
-    /// A hole replaces nothing: what is there was not invalidated, so the page is exclusive to the
-    /// device, which mm reports as a hole.
+    /// What is no page replaces nothing. Where there is an entry it was not invalidated, so the page
+    /// is exclusive to the device, which mm reports as a hole.
     ///
-    /// Takes `spare` if that leaf does not exist yet.
+    /// Takes `spare` if that leaf does not exist yet, and gives it back if it stays empty.
     ///
     /// # Errors
     ///
@@ -127,22 +127,25 @@ impl Entries {
         spare: &mut Option<KBox<Leaf>>,
     ) -> Result {
         let (leaf, page) = self.position(range.start()).ok_or(EINVAL)?;
-        let leaf = self.leaves.get_mut(leaf).ok_or(EINVAL)?;
+        let place = self.leaves.get_mut(leaf).ok_or(EINVAL)?;
         if range.pages() > LEAF_PAGES - page {
             return Err(EINVAL);
         }
-        if leaf.is_none() {
-            *leaf = spare.take();
+        if place.is_none() {
+            *place = spare.take();
         }
-        let leaf = leaf.as_mut().ok_or(ENOMEM)?;
+        let leaf = place.as_mut().ok_or(ENOMEM)?;
         let slots = leaf.0.get_mut(page..page + range.pages()).ok_or(EINVAL)?;
         for (slot, pfn) in slots
             .iter_mut()
             .zip(pfns)
-            .filter(|(_, pfn)| *pfn != Pfn::NONE)
+            .filter(|(_, pfn)| pfn.present().is_some())
         {
             // INVARIANT: By the safety requirements.
             *slot = pfn;
+        }
+        if leaf.is_empty() {
+            *spare = place.take();
         }
         Ok(())
     }

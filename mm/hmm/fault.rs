@@ -258,6 +258,9 @@ pub(crate) fn range_fault(
 ///
 /// It exists only while the region's lock is held for write and no invalidation has collided. The
 /// entries are in the core's store already; what remains is the driver's own translations.
+///
+/// A page may have become exclusive to this device since, by
+/// [`make_exclusive`](Mirror::make_exclusive): that is not what a commit takes back.
 pub struct Commit<'c> {
     window: PageRange,
     needed: Option<PageRange>,
@@ -268,9 +271,11 @@ pub struct Commit<'c> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Entry<'c> {
-    /// Nothing; a fault may bring it.
+    /// Nothing that is mapped. A fault may bring it or fail: poison, guard pages and memory of other
+    /// devices look the same.
     Hole,
-    /// Nothing, and a fault would fail: no VMA, no read permission, poison.
+    /// Nothing, and a fault would fail: no VMA, no read permission, or no memory that the kernel
+    /// can reach.
     Error,
     /// A page of RAM.
     Ram(Ram<'c>),

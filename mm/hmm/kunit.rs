@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KUnit suites, one a source file of the crate.
+//! KUnit suites, named after the source files of the crate.
 
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod device;

@@ -82,10 +82,10 @@ pub(crate) const GFP_MUST: bindings::gfp_t = GFP | bindings::__GFP_NOFAIL;
 /// What made a page move to RAM.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum MigrateReason {
-    /// The CPU touched it, or a page near it. Or the device is to write a page that it may only
-    /// read: a copy is made by the CPU.
+    /// It was faulted, or a page near it: the CPU touched it, another device wants it, or its own
+    /// device is to write a page that it may only read, of which the CPU makes a copy.
     CpuFault,
-    /// Its place was needed, or the pool ended.
+    /// Its place was needed, or the pool was emptied or ended.
     Evict,
     /// [`Mirror::migrate_to_ram`].
     Request,
@@ -510,7 +510,7 @@ impl<'a> Collected<'a, ToRam> {
             // INVARIANT: There is no destination.
             return Ok(Copied(self.0, PhantomData));
         }
-        let (mut count, mut refused) = (0, false);
+        let mut count = 0;
         let others = (0..locked.pages).filter(|i| Some(*i) != need);
         for i in Iterator::chain(need.into_iter(), others) {
             let src = locked.src_page(i);
@@ -523,14 +523,6 @@ impl<'a> Collected<'a, ToRam> {
             // Of two that found the page to evict it the second may have locked it when the first
             // was done. What it is now is certain, since it is locked.
             if !locked.pool.is_used(device) {
-                continue;
-            }
-            // SAFETY: The page is of the pool and in use: the data is its.
-            if !unsafe { locked.pool.ops().may_move_to_ram(data_of(src)) } {
-                if Some(i) == need {
-                    return Err(ENOMEM);
-                }
-                refused = true;
                 continue;
             }
             let gfp = if Some(i) == need { GFP_NEED } else { gfp };
@@ -550,9 +542,6 @@ impl<'a> Collected<'a, ToRam> {
                 index: i,
             };
             count += 1;
-        }
-        if count == 0 && refused {
-            return Err(ENOMEM);
         }
         if let Err(err) = locked.copy(0..count, false) {
             // Perhaps it was one of them.

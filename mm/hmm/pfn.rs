@@ -57,9 +57,9 @@ pub(crate) const fn request(access: Option<Access>) -> usize {
 /// What is known of a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Not there; a fault may bring it.
+    /// Nothing that is mapped; a fault may bring it, or fail.
     Hole,
-    /// Not accessible: no VMA, no read permission, device memory of others, poison.
+    /// Not accessible: no VMA, no read permission, or out of the kernel's reach.
     Error,
     /// There, and at least readable.
     Present(Access),

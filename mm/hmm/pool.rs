@@ -185,15 +185,6 @@ pub trait PoolOps: Send + Sync + 'static {
     /// Writes it, for [`Mirror::write`](super::Mirror::write); as [`PoolOps::read`] for the rest.
     fn write(&self, address: usize, buf: &[u8]);
 
-    /// Whether a page may move to RAM now. May not sleep.
-    ///
-    /// If not it stays, as if there were no memory for it: a CPU that waits for it touches it
-    /// again. So this may say no for a while only.
-    #[inline]
-    fn may_move_to_ram(&self, _data: <Self::PageData as PageData>::Borrowed<'_>) -> bool {
-        true
-    }
-
     /// A page has moved to RAM; it will be freed soon. May not sleep.
     fn migrated_to_ram(
         &self,
@@ -220,11 +211,6 @@ pub(crate) trait Ops: Send + Sync {
     /// # Safety
     ///
     /// `data` is that of a page of a pool with these ops, which is not freed meanwhile.
-    unsafe fn may_move_to_ram(&self, data: *mut c_void) -> bool;
-
-    /// # Safety
-    ///
-    /// As for [`Ops::may_move_to_ram`].
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason);
 
     /// # Safety
@@ -244,11 +230,6 @@ impl<T: PoolOps> Ops for T {
 
     fn write(&self, address: usize, buf: &[u8]) {
         PoolOps::write(self, address, buf)
-    }
-
-    unsafe fn may_move_to_ram(&self, data: *mut c_void) -> bool {
-        // SAFETY: As in `migrated_to_ram()`.
-        PoolOps::may_move_to_ram(self, unsafe { T::PageData::borrow(data) })
     }
 
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason) {
@@ -672,10 +653,15 @@ impl Pool {
     fn evict_all(&self) -> Result {
         let mut result = Ok(());
         for _ in 0..self.used_pages() / migrate::BATCH + 8 {
+            if kernel::current!().fatal_signal_pending() {
+                return Err(EINTR);
+            }
             match self.evict(migrate::GFP_REQUEST) {
                 Ok(None) => break,
                 Ok(Some(0)) => migrate::drain(),
                 Ok(Some(_)) => {}
+                // What reclaim has not found now it does not find for the next batch.
+                Err(ENOMEM) => return Err(ENOMEM),
                 Err(err) => result = Err(err),
             }
         }
@@ -875,7 +861,7 @@ impl<T: PoolOps> DevicePool<T> {
     /// # Errors
     ///
     /// [`EBUSY`] if some are still there, since somebody has references to them; [`ENOMEM`], and
-    /// those of [`PoolOps::copy`], if it was that why.
+    /// those of [`PoolOps::copy`], if it was that why; [`EINTR`] on a fatal signal.
     #[inline]
     pub fn evict(&self) -> Result {
         pool_evict(&self.pool)

@@ -14,7 +14,7 @@ from common import ENV, Failure, TOP, git, git_ok, output, read, run, scratch
 
 PATCHES = os.path.join(TOP, "patches")
 SERIES = os.path.join(TOP, "series")
-EXPORTED = ("mm", "include", "drivers", "Documentation", "tools/testing")
+EXPORTED = ("mm", "include", "drivers", "rust", "arch", "Documentation", "tools/testing")
 MAX_MAIL = 100000
 FORMAT = ("-N", "--no-renames", "--no-signature", "--zero-commit", "--full-index", "--no-thread",
           "--diff-algorithm=myers", "--unified=3", "--no-attach", "--src-prefix=a/", "--dst-prefix=b/")

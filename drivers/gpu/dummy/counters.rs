@@ -2,7 +2,8 @@
 
 //! What an instance and each of its open files count.
 //!
-//! The names and their order are those of `struct dummy_gpu_stats`. Knows of nothing else.
+//! The names and their order are those of `struct dummy_gpu_stats`. Knows of nothing else, but for
+//! a switch of the tests.
 
 use kernel::{
     prelude::*,
@@ -105,7 +106,8 @@ impl Counters {
 pub(crate) struct Account {
     file: Counters,
     instance: Arc<Counters>,
-    /// Whether the next page that is to move for this file is to find no memory: a test asks so.
+    /// Whether the next page that is to move to the GPU for this file is to find no memory there: a
+    /// test asks so.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     fails: Atomic<bool>,
 }
@@ -121,10 +123,10 @@ impl Account {
         }
     }
 
-    /// Lets the next page that is to move find no memory, or not.
+    /// Lets the next page that is to move to the GPU find no memory there.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
-    pub(crate) fn fail_next(&self, fails: bool) {
-        self.fails.store(fails, Relaxed);
+    pub(crate) fn fail_next(&self) {
+        self.fails.store(true, Relaxed);
     }
 
     /// Whether this page is to find no memory. The next one then does.

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Nodes with the ioctls of the HMM test driver, `lib/test_hmm.c`: so that the tests that are
-//! written for it test `hmm`.
+//! written for it test `hmm`, those that need neither coherent memory nor large folios.
 //!
 //! `/dev/hmm_dmirrorN` is another node of instance N. Reads and checks what user space passes, and
 //! calls [`Svm`], as `uapi` does for the GPU's own node; there is no way into `hmm` but that. What
-//! differs from the test driver: only the process that opened a node may use it, and what is in the
-//! GPU's memory stays there when a node is closed.
+//! differs from the test driver: only the process that opened a node may use it; what is read and
+//! written moves to the GPU's memory first, as for any command of the GPU, and stays there when the
+//! node is closed; nothing migrates of a range of which a part cannot be read, as far as a look
+//! without a fault tells.
 //!
 //! C header: [`lib/test_hmm_uapi.h`](srctree/lib/test_hmm_uapi.h)
 
@@ -151,6 +153,9 @@ impl MiscDevice for Dmirror {
         }
         let mixed = vma.set_mixedmap();
         for va in (vma.start()..vma.end()).step_by(PAGE_SIZE) {
+            if current!().fatal_signal_pending() {
+                return Err(EINTR);
+            }
             mixed.vm_insert_page(va, &Page::alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO)?)?;
         }
         Ok(())
@@ -241,8 +246,8 @@ fn pages(range: PageRange, bytes: &mut [u8]) -> impl Iterator<Item = (usize, &mu
         .zip(bytes.chunks_exact_mut(PAGE_SIZE))
 }
 
-/// Calls `access_page` for each page of `range` until it does not miss. Where it does, all that
-/// follows is faulted for `access`, which makes a round.
+/// Calls `access_page` for each page of `range` until it does not miss. Where it does, what follows
+/// is faulted for `access`, which makes a round.
 fn access(
     svm: &Svm,
     range: PageRange,
@@ -257,8 +262,13 @@ fn access(
     for (va, page) in pages(range, bytes) {
         while access_page(va, page).is_err() {
             patience.fault(done.pages as u64, Instant::now())?;
-            let rest = PageRange::new(va, range.end())?;
-            match svm.fault_in(rest, access, &mut window) {
+            // What comes last must not evict what comes first.
+            let end = match svm.vram_size() / 2 {
+                0 => range.end(),
+                most => range.end().min(va.saturating_add(most)),
+            };
+            let next = PageRange::new(va, end)?;
+            match svm.fault_in(next, access, &mut window) {
                 // When that is final, patience says.
                 Err(err) if err == EBUSY => {}
                 result => result?,
@@ -429,6 +439,7 @@ fn flags(svm: &Svm, flags: u64) -> Result<Done> {
     if flags & !FLAG_FAIL_ALLOC != 0 {
         return Err(EINVAL);
     }
-    svm.account().fail_next(flags & FLAG_FAIL_ALLOC != 0);
+    // Zero, which would take it back, is no number of pages: see `range()`.
+    svm.account().fail_next();
     Ok(Done::default())
 }

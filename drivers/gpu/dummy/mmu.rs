@@ -107,13 +107,16 @@ impl Table {
         self.present.iter().all(|word| *word == 0)
     }
 
-    /// Maps `page` for `access`, or takes away the right to do more. Returns whether the page was
-    /// not mapped at all.
+    /// Maps `page` for `access`, or takes away the right to write if it was mapped for more. What
+    /// is exclusive stays so until it is unmapped: a fault may end after that, which began before.
+    /// Returns whether the page was not mapped at all.
     fn map(&mut self, page: usize, access: Access) -> bool {
         let new = !is_set(&self.present, page);
 
+        if is_set(&self.exclusive, page) {
+            return new;
+        }
         set(&mut self.present, page);
-        clear(&mut self.exclusive, page, page + 1);
         match access {
             // INVARIANT: `page` is in `present`.
             Access::Write => set(&mut self.writable, page),
@@ -351,7 +354,7 @@ mod tests {
 
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     #[test]
-    fn an_exclusive_page_is_so_until_it_is_mapped_otherwise_or_unmapped() -> Result {
+    fn an_exclusive_page_is_so_until_it_is_unmapped() -> Result {
         let mut mmu = Mmu::new();
         let page = pages(va(0, 5), 1)?;
         let exclusive = |mmu: &mut Mmu| -> Result<bool> {
@@ -365,8 +368,11 @@ mod tests {
         assert!(!mmu.any_exclusive(pages(va(0, 0), 5)?));
         assert!(!mmu.any_exclusive(pages(va(0, 6), TABLE_PAGES)?));
 
-        assert!(!map(&mut mmu, page.start(), Access::Write)?);
-        assert!(!mmu.any_exclusive(page));
+        for access in [Access::Read, Access::Write] {
+            assert!(!map(&mut mmu, page.start(), access)?);
+            assert!(mmu.any_exclusive(page));
+            assert!(mmu.lookup(page.start(), Access::Write));
+        }
         assert!(!exclusive(&mut mmu)?);
         assert_eq!(mmu.unmap(page), 1);
         assert!(!mmu.any_exclusive(page));

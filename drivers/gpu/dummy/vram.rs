@@ -237,10 +237,6 @@ impl PoolOps for Words {
         });
     }
 
-    fn may_move_to_ram(&self, account: ArcBorrow<'_, Account>) -> bool {
-        !account.fails()
-    }
-
     fn migrated_to_ram(&self, account: ArcBorrow<'_, Account>, reason: MigrateReason) {
         let counter = match reason {
             MigrateReason::CpuFault => Counter::PagesTouched,

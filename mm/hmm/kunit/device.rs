@@ -86,8 +86,6 @@ pub(super) struct TestDevice<D> {
     pub(super) bad: Atomic<usize>,
     /// Whether it says so.
     pub(super) honest: Atomic<bool>,
-    /// How many pages are to stay when they are asked.
-    pub(super) keeps: Atomic<usize>,
     /// The pages that came home with their data, by reason.
     home: [Atomic<u64>; 3],
     /// The pages that were freed, and the sum of what they had.
@@ -107,7 +105,6 @@ impl<D: Tally> TestDevice<D> {
                 says: Atomic::new(EIO.to_errno()),
                 bad: Atomic::new(usize::MAX),
                 honest: Atomic::new(true),
-                keeps: Atomic::new(0),
                 home: [const { Atomic::new(0) }; 3],
                 freed: Atomic::new(0),
                 sum: Atomic::new(0),
@@ -162,15 +159,6 @@ impl<D: Tally> PoolOps for TestDevice<D> {
 
     fn write(&self, address: usize, buf: &[u8]) {
         self.memory.lock()[address..address + buf.len()].copy_from_slice(buf);
-    }
-
-    fn may_move_to_ram(&self, data: D::Borrowed<'_>) -> bool {
-        assert_ne!(D::value(&data), 0);
-        let left = self.keeps.load(Relaxed);
-        if left != 0 {
-            self.keeps.store(left - 1, Relaxed);
-        }
-        left == 0
     }
 
     fn migrated_to_ram(&self, data: D::Borrowed<'_>, reason: MigrateReason) {

@@ -139,6 +139,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_page_costs_no_leaf() -> Result {
+        let range = PageRange::from_len(0, LEAF_BYTES)?;
+        let mut entries = Entries::new(range)?;
+        let pfns = (0..LEAF_BYTES / PAGE_SIZE).map(|n| match n % 2 {
+            0 => Pfn::NONE,
+            _ => Pfn::ERROR,
+        });
+        let mut spare = Some(Leaf::new()?);
+        // SAFETY: There is no page, and no notifier.
+        unsafe { entries.install(range, pfns, &mut spare) }?;
+        assert_eq!(entries.leaves(), 0);
+        assert!(spare.is_some());
+        Ok(())
+    }
+
+    #[test]
     fn bytes_past_the_page_are_refused() -> Result {
         let page = page_with(7)?;
         let range = PageRange::from_len(0, LEAF_BYTES)?;

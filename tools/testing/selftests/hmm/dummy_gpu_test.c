@@ -1152,6 +1152,26 @@ TEST_F(svm, prot_none)
 	EXPECT_EQ(page / 8 * 0x7777777777777777ULL, gpu_sum(self->fd, p + 5 * page, page));
 }
 
+/* What the kernel itself cannot reach is not for a device whose engine is its CPU. */
+TEST_F(svm, secret_memory)
+{
+	uint8_t *p = map(8 * page, PROT_READ | PROT_WRITE), *secret = p + 5 * page;
+	int fd = syscall(SYS_memfd_secret, 0);
+
+	ASSERT_NE(MAP_FAILED, p);
+	if (fd < 0 && errno == ENOSYS)
+		SKIP(return, "no memfd_secret()");
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(0, ftruncate(fd, page));
+	ASSERT_EQ(secret, mmap(secret, page, PROT_READ | PROT_WRITE,
+			       MAP_SHARED | MAP_FIXED, fd, 0));
+	ASSERT_EQ(0, close(fd));
+	memset(secret, 0x5c, page);
+	expect_fault(_metadata, self->fd, p, secret);
+	EXPECT_EQ(GPU_UNTOUCHED, gpu_sum(self->fd, secret, page));
+	EXPECT_EQ(page, cpu_unlike(secret, 0x5c, page));
+}
+
 TEST_F(svm, null)
 {
 	struct dummy_gpu_command command = gpu_fill(NULL, 0, 8);

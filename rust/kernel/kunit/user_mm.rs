@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! User memory for KUnit tests.
+//!
+//! C header: [`include/kunit/test.h`](srctree/include/kunit/test.h) has `kunit_attach_mm()`, which
+//! keeps the address space until the test's thread ends. Here it ends with a closure, so that a
+//! test can see that end.
+
+use crate::{
+    bindings,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
+    mm::MmWithUser,
+    prelude::*,
+    types::NotThreadSafe, //
+};
+use core::ptr::{
+    null_mut,
+    NonNull, //
+};
+
+/// The address space of a test.
+///
+/// # Invariants
+///
+/// `mm` has users, and it is the address space of the current task.
+pub struct UserMm {
+    mm: NonNull<bindings::mm_struct>,
+    // The current task's address space is no other task's.
+    _nts: NotThreadSafe,
+}
+
+/// What the memory may be used for.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Prot {
+    /// Nothing: `PROT_NONE`.
+    None,
+    /// Reading.
+    Read,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+impl Prot {
+    fn as_raw(self) -> usize {
+        let prot = match self {
+            Prot::None => bindings::PROT_NONE,
+            Prot::Read => bindings::PROT_READ,
+            Prot::ReadWrite => bindings::PROT_READ | bindings::PROT_WRITE,
+        };
+        prot as usize
+    }
+}
+
+/// Calls `f` with the current task running on a new and empty address space, as a kernel thread
+/// does with `kthread_use_mm()`.
+///
+/// The address space ends with the call, unless something else has taken a reference to it. A KUnit
+/// assertion that fails in `f` ends the thread, and that drops it too.
+///
+/// # Errors
+///
+/// [`EINVAL`] if this is no KUnit test, [`EBUSY`] if the task has an address space already,
+/// [`ENOMEM`], and what `f` returns.
+///
+/// # Examples
+///
+/// ```
+/// use kernel::{
+///     kunit::user_mm::{with_user_mm, Prot},
+///     page::PAGE_SIZE,
+///     uaccess::{UserPtr, UserSlice},
+/// };
+///
+/// let value = with_user_mm(|mm| {
+///     let addr = mm.mmap_anonymous(PAGE_SIZE, Prot::ReadWrite)?;
+///     UserSlice::new(UserPtr::from_addr(addr), 8).writer().write(&42u64)?;
+///     UserSlice::new(UserPtr::from_addr(addr), 8).reader().read::<u64>()
+/// });
+/// assert_eq!(value?, 42);
+/// # Ok::<(), Error>(())
+/// ```
+pub fn with_user_mm<R: Send>(f: impl FnOnce(&UserMm) -> Result<R> + Send) -> Result<R> {
+    if !super::in_kunit_test() {
+        return Err(EINVAL);
+    }
+    if current!().mm().is_some() {
+        return Err(EBUSY);
+    }
+
+    // SAFETY: A KUnit test runs in a kernel thread, and it has no address space.
+    to_result(unsafe { bindings::kunit_attach_mm() })?;
+    let mm = NonNull::new(current!().mm().map_or(null_mut(), |mm| mm.as_raw())).ok_or(EINVAL)?;
+
+    // INVARIANT: `kunit_attach_mm()` made it with one user, which is given up after the call only.
+    let result = f(&UserMm {
+        mm,
+        _nts: NotThreadSafe,
+    });
+
+    // SAFETY: This task uses `mm`. No `CurrentTask` that was obtained meanwhile is left: neither
+    // `f` nor its result could hold one, since it is not `Send`.
+    unsafe { bindings::kthread_unuse_mm(mm.as_ptr()) };
+    // SAFETY: This gives up the user that `kunit_attach_mm()` made.
+    unsafe { bindings::mmput(mm.as_ptr()) };
+
+    result
+}
+
+impl UserMm {
+    /// The address space.
+    pub fn mm(&self) -> &MmWithUser {
+        // SAFETY: By the type invariants it has users for as long as `self` is borrowed.
+        unsafe { MmWithUser::from_raw(self.mm.as_ptr()) }
+    }
+
+    /// Maps `len` bytes of private anonymous memory and returns the address.
+    pub fn mmap_anonymous(&self, len: usize, prot: Prot) -> Result<usize> {
+        // SAFETY: Without a file.
+        unsafe { self.mmap(null_mut(), len, prot, bindings::MAP_PRIVATE) }
+    }
+
+    /// Maps `len` bytes of a new shared memory file of `size` bytes, `shared` or else private, and
+    /// returns the address.
+    pub fn mmap_shmem(&self, len: usize, size: usize, prot: Prot, shared: bool) -> Result<usize> {
+        let size = size.try_into()?;
+        // SAFETY: The name is a C string.
+        let file = from_err_ptr(unsafe {
+            bindings::shmem_kernel_file_setup(c"kunit".as_char_ptr(), size, pin_init::zeroed())
+        })?;
+        let flags = if shared {
+            bindings::MAP_SHARED
+        } else {
+            bindings::MAP_PRIVATE
+        };
+        // SAFETY: `file` is valid.
+        let addr = unsafe { self.mmap(file, len, prot, flags) };
+        // SAFETY: `shmem_kernel_file_setup()` returned it with a reference, given up here.
+        unsafe { bindings::fput(file) };
+        addr
+    }
+
+    /// # Safety
+    ///
+    /// `file` is null or valid.
+    unsafe fn mmap(
+        &self,
+        file: *mut bindings::file,
+        len: usize,
+        prot: Prot,
+        flags: u32,
+    ) -> Result<usize> {
+        let flags = match file.is_null() {
+            true => flags | bindings::MAP_ANONYMOUS,
+            false => flags,
+        };
+        // SAFETY: The current task has an address space, by the type invariants; `file` is as the
+        // caller promises.
+        let addr = unsafe { bindings::vm_mmap(file, 0, len, prot.as_raw(), flags as usize, 0) };
+        from_err_ptr(addr as *mut c_void).map(|addr| addr as usize)
+    }
+
+    /// Unmaps `len` bytes at `addr`.
+    pub fn munmap(&self, addr: usize, len: usize) -> Result {
+        // SAFETY: The current task has an address space, by the type invariants.
+        to_result(unsafe { bindings::vm_munmap(addr, len) })
+    }
+}
+
+#[cfg(CONFIG_RUST_KUNIT_SELFTEST)]
+#[kunit_tests(rust_kunit_user_mm)]
+mod tests {
+    use super::*;
+    use crate::{
+        page::PAGE_SIZE,
+        uaccess::{
+            UserPtr,
+            UserSlice, //
+        },
+    };
+
+    fn write(addr: usize, value: u64) -> Result {
+        UserSlice::new(UserPtr::from_addr(addr), 8)
+            .writer()
+            .write(&value)
+    }
+
+    fn read(addr: usize) -> Result<u64> {
+        UserSlice::new(UserPtr::from_addr(addr), 8).reader().read()
+    }
+
+    #[test]
+    fn memory_reads_back_what_was_written() -> Result {
+        with_user_mm(|mm| {
+            let anonymous = mm.mmap_anonymous(PAGE_SIZE, Prot::ReadWrite)?;
+            let shared = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, true)?;
+            for addr in [anonymous, shared] {
+                assert_eq!(read(addr)?, 0);
+                write(addr, 42)?;
+                assert_eq!(read(addr)?, 42);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn memory_that_is_unmapped_or_protected_is_efault() -> Result {
+        with_user_mm(|mm| {
+            let addr = mm.mmap_anonymous(PAGE_SIZE, Prot::Read)?;
+            assert_eq!(write(addr, 42), Err(EFAULT));
+            mm.munmap(addr, PAGE_SIZE)?;
+            assert_eq!(read(addr), Err(EFAULT));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn an_error_of_mmap_is_no_address() -> Result {
+        with_user_mm(|mm| {
+            let len = usize::MAX & !(PAGE_SIZE - 1);
+            assert_eq!(mm.mmap_anonymous(len, Prot::Read), Err(ENOMEM));
+            assert_eq!(mm.mmap_anonymous(0, Prot::Read), Err(EINVAL));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_task_has_one_at_a_time_and_none_after_it() -> Result {
+        with_user_mm(|mm| {
+            assert!(current!()
+                .mm()
+                .is_some_and(|own| own.as_raw() == mm.mm().as_raw()));
+            assert_eq!(with_user_mm(|_| Ok(())), Err(EBUSY));
+            Ok(())
+        })?;
+        assert!(current!().mm().is_none());
+        Ok(())
+    }
+}
