@@ -229,7 +229,7 @@ TEST_F(dmirror, a_page_that_finds_no_memory_stays_in_ram)
 }
 
 /* What comes first is not evicted for what comes last, before it was read or written. */
-TEST_F(dmirror, more_than_the_device_has_is_written_and_read)
+TEST_F_TIMEOUT(dmirror, more_than_the_device_has_is_written_and_read, 120)
 {
 	const size_t length = 66UL << 20, pages = length / page;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
