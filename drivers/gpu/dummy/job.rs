@@ -131,7 +131,7 @@ impl Job {
         loop {
             match self.run_once().map_err(|err| (err, None))? {
                 Stop::Done => return Ok(()),
-                Stop::Paused if current!().fatal_signal_pending() => return Err((EINTR, None)),
+                _ if current!().fatal_signal_pending() => return Err((EINTR, None)),
                 Stop::Paused => {}
                 Stop::Fault(fault) => {
                     let steps = self.engine.lock().steps();

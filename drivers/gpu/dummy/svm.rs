@@ -383,20 +383,24 @@ impl Svm {
         self.mirror.fault(request, &mut window.faults, f)
     }
 
-    /// Maps those pages at the start of `range` that are in the GPU's memory, as far as one window
+    /// Maps the pages at the start of `range`, which are in the GPU's memory, as far as one window
     /// goes. Returns where that ends.
     ///
     /// # Errors
     ///
-    /// As for [`Svm::snapshot`].
+    /// [`ENOENT`] if one of them is not there; for the rest as for [`Svm::snapshot`].
     pub(crate) fn map_device_pages(&self, range: PageRange, window: &mut Window) -> Result<usize> {
         let spare = SpareTable::new()?;
 
         self.snapshot(range, window, |commit| {
+            let mut entries = commit.entries();
+            if !entries.all(|(_, entry)| matches!(entry, Entry::Device(_))) {
+                return Err(ENOENT);
+            }
             self.translations
                 .map(commit, spare, (range, Policy::Device));
-            commit.range().end()
-        })
+            Ok(commit.range().end())
+        })?
     }
 
     /// Maps the page of `va` for the GPU alone.

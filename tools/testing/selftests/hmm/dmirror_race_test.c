@@ -107,7 +107,7 @@ static bool cpu_reads(struct thread *t)
 	return cpu_reads_page(t, below(t, PAGES));
 }
 
-/* Pages that are to be merged have to be at home for a while. */
+/* What may be merged does not migrate, and has to be alone for a while. */
 static size_t first_to_move(struct thread *t, size_t n)
 {
 	size_t first = below(t, 16) ? SINGLE : 0;
@@ -205,8 +205,6 @@ static bool unmaps(struct thread *t)
 		flags |= MAP_FIXED_NOREPLACE;
 	}
 	ok = ok && mmap(at(i), n * page, PROT_READ | PROT_WRITE, flags, -1, 0) == at(i);
-	if (ok && parts & MERGE)
-		madvise(at(i), n * page, MADV_MERGEABLE);
 	for (size_t j = 0; j < n; j++)
 		end(t, i + j, oldest[j], ok);
 	return ok || fail(t, "page %zu: %s", i, strerror(errno));
@@ -517,7 +515,7 @@ FIXTURE_SETUP(dmirror_race)
 
 	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (pagemap < 0 || access(KSM "run", W_OK) ||
-	    madvise(region, PAGES * page, MADV_MERGEABLE)) {
+	    madvise(region, SINGLE * page, MADV_MERGEABLE)) {
 		if (parts == MERGE)
 			SKIP(return, "no KSM, or not root");
 		ksft_print_msg("nothing is merged: no KSM, or not root\n");

@@ -1388,15 +1388,15 @@ TEST_F(svm, mremap)
 /* Operands that reach from one region of the core into the next. */
 TEST_F(svm, region_boundary)
 {
-	uint8_t *space = mmap(NULL, 3 * REGION, PROT_NONE,
+	uint8_t *space = mmap(NULL, 4 * REGION, PROT_NONE,
 			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	uint8_t *boundary, *p;
 
 	if (space == MAP_FAILED)
-		SKIP(return, "no address space for 3 regions");
+		SKIP(return, "no address space for 4 regions");
 	boundary = (uint8_t *)((gpu_addr(space) + 2 * REGION - 1) & -REGION);
 
-	for (int i = 0; i < 2; i++, boundary += REGION - 16 * page) {
+	for (int i = 0; i < 2; i++, boundary += REGION) {
 		p = boundary - 4 * page;
 		ASSERT_EQ(0, mprotect(p, 8 * page, PROT_READ | PROT_WRITE));
 		EXPECT_EQ(0, run(self->fd, gpu_fill(p + 1, 6, 8 * page - 2)));
@@ -1408,7 +1408,7 @@ TEST_F(svm, region_boundary)
 		ASSERT_EQ(0, madvise(p, 8 * page, MADV_DONTNEED));
 		EXPECT_EQ(0, gpu_sum(self->fd, p, 8 * page));
 	}
-	munmap(space, 3 * REGION);
+	munmap(space, 4 * REGION);
 }
 
 /*
