@@ -47,7 +47,7 @@ pub enum CopyOp<'a> {
     ToRam {
         /// Where from.
         from: DeviceRange,
-        /// Where to. All zeroes so far.
+        /// Where to. Zeroes, or what a batch that failed has left there: write all of it.
         to: &'a mut [u8],
     },
     /// Fill the device's memory with zeroes: what was never written reads as zero.

@@ -104,8 +104,8 @@ impl Entries {
 
     /// Replaces the entries of `range`, which lies in one leaf; `pfns` has one element a page.
     ///
-    /// What is no page replaces nothing. Where there is an entry it was not invalidated, so the page
-    /// is exclusive to the device, which mm reports as a hole.
+    /// What is no page replaces nothing. Where there is an entry it was not invalidated, so the
+    /// page is exclusive to the device, which mm reports as a hole.
     ///
     /// Takes `spare` if that leaf does not exist yet, and gives it back if it stays empty.
     ///
@@ -150,8 +150,8 @@ impl Entries {
         Ok(())
     }
 
-    /// Forgets the entries of `range`, and the leaves that have none any more: what a process has
-    /// unmapped costs nothing.
+    /// Forgets the entries of `range`, and the leaves that have none any more. What a process has
+    /// unmapped costs no more than its region.
     pub(crate) fn erase(&mut self, range: PageRange) {
         let mut va = range.start();
         while va < range.end() {

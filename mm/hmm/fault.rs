@@ -271,8 +271,8 @@ pub struct Commit<'c> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Entry<'c> {
-    /// Nothing that is mapped. A fault may bring it or fail: poison, guard pages and memory of other
-    /// devices look the same.
+    /// Nothing that is mapped. A fault may bring it or fail: poison, guard pages and memory of
+    /// other devices look the same.
     Hole,
     /// Nothing, and a fault would fail: no VMA, no read permission, or no memory that the kernel
     /// can reach.
@@ -415,13 +415,14 @@ pub(crate) fn clamp_order(window: PageRange, va: usize, order: u32) -> u32 {
 ///
 /// # Errors
 ///
-/// [`EFAULT`] if there is none, or if its memory is secret even to the kernel, which GUP refuses
-/// too; [`EINTR`].
+/// [`EFAULT`] if there is none, or if it is one that GUP refuses too: memory that is secret even to
+/// the kernel, and shadow stacks, to which no store of the process goes; [`EINTR`].
 pub(crate) fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
     let guard = mm.mmap_read_lock_killable()?;
     let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
     // SAFETY: The VMA is valid.
-    if unsafe { bindings::vma_is_secretmem(vma.as_ptr()) } {
+    let is_secret = unsafe { bindings::vma_is_secretmem(vma.as_ptr()) };
+    if is_secret || vma.flags() & bindings::VM_SHADOW_STACK != 0 {
         return Err(EFAULT);
     }
     PageRange::new(vma.start(), vma.end())
@@ -704,6 +705,8 @@ impl Mirror {
                     }
                 }
                 Err(err) => match window.narrow() {
+                    // All of the time may have gone for one invalidation: `retry()` decides.
+                    _ if err == EBUSY => {}
                     Some(page) if err == EFAULT || err == EPERM => {
                         window = page;
                         continue;

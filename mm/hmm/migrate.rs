@@ -454,7 +454,7 @@ impl<'a> Collected<'a, ToRam> {
     ///
     /// `mmap_lock` is held for `'a`. `fault_page` is null, or a page of `pool` that is locked and
     /// referenced.
-    unsafe fn at(
+    pub(crate) unsafe fn at(
         pool: &'a Pool,
         vma: &'a VmaRef,
         range: PageRange,
@@ -506,7 +506,9 @@ impl<'a> Collected<'a, ToRam> {
         need: Option<usize>,
     ) -> Result<Copied<'a, ToRam>> {
         let locked = &mut self.0;
-        if need.is_some_and(|need| need >= locked.pages || !locked.migrates(need)) {
+        // It may be gone by now. Then the others have nothing to come for.
+        let comes = |i| i < locked.pages && locked.migrates(i) && !locked.src_page(i).is_null();
+        if need.is_some_and(|need| !comes(need)) {
             // INVARIANT: There is no destination.
             return Ok(Copied(self.0, PhantomData));
         }
@@ -962,7 +964,10 @@ fn can_migrate(vma: &VmaRef) -> bool {
         | flags::DONTEXPAND
         | flags::MIXEDMAP
         | flags::MERGEABLE
-        | flags::HUGETLB;
+        | flags::HUGETLB
+        // The bytes would go without their tags. And no device writes a shadow stack.
+        | bindings::VM_MTE
+        | bindings::VM_SHADOW_STACK;
     let readable = vma.flags() & (special | flags::READ) == flags::READ;
     // A migration would not ask the handler that waits for accesses.
     //

@@ -557,7 +557,7 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`] if there is not one to be had.
+    /// [`ENOMEM`] if there is not one to be had, [`EINTR`] on a fatal signal.
     pub(crate) fn reserve<'a>(
         this: &'a Arc<Self>,
         pfns: &'a mut [usize],
@@ -573,6 +573,9 @@ impl Pool {
             used: 0,
         };
         for _ in 0..ROUNDS {
+            if kernel::current!().fatal_signal_pending() {
+                return Err(EINTR);
+            }
             reservation.take();
             let missing = wanted - reservation.taken;
             if missing == 0 || !(Self::grow(this) || this.make_room(missing)) {
@@ -617,7 +620,7 @@ impl Pool {
         let mut made = 0;
         // Where many pages are somebody's who does not let go, it is not worth to ask for all.
         let mut tries = wanted / migrate::BATCH + 8;
-        while made < wanted && tries > 0 {
+        while made < wanted && tries > 0 && !kernel::current!().fatal_signal_pending() {
             match self.evict(migrate::GFP_TRY) {
                 Ok(Some(0)) => migrate::drain(),
                 Ok(Some(evicted)) => made += evicted,

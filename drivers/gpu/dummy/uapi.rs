@@ -3,8 +3,9 @@
 //! The ioctls: reads and checks what user space passes, calls the layers below, and writes back.
 //!
 //! The one file of the driver, beside `dmirror` for other nodes, that accesses user memory by the
-//! process's own mapping; and the one that knows the layout of the uAPI structures. All their fields are `__u64`, so they are read and
-//! written as words, by an index that comes from the structure itself.
+//! process's own mapping; and the one that knows the layout of the uAPI structures. All their
+//! fields are `__u64`, so they are read and written as words, by an index that comes from the
+//! structure itself.
 //!
 //! C header: [`include/uapi/linux/dummy_gpu.h`](srctree/include/uapi/linux/dummy_gpu.h)
 

@@ -39,6 +39,7 @@ use super::{
     page,
     Recorder, //
 };
+use core::ptr::null_mut;
 use kernel::{
     kunit::user_mm::{
         with_user_mm,
@@ -678,6 +679,35 @@ mod tests {
             unmapped?;
             assert_eq!(setup.used(), 0);
             assert_eq!(setup.freed(), 1);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_fault_whose_page_has_gone_asks_nothing_of_its_neighbours() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            let guard = mm.mm().mmap_read_lock();
+            let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
+            vma.zap_vma_range(window.start(), PAGE_SIZE);
+            let (mut src, mut dst) = ([0; WINDOW], [0; WINDOW]);
+            let mut copies = [PageCopy::NONE; WINDOW];
+            let arrays = Arrays {
+                src: &mut src,
+                dst: &mut dst,
+                copies: &mut copies,
+            };
+            let pool = setup.pool.pool();
+            // SAFETY: mmap_lock is held; there is no page of a fault.
+            let collected =
+                unsafe { Collected::<ToRam>::at(pool, vma, window, null_mut(), arrays) }?;
+            let copied = with_allocs(0, || collected.copy(GFP_TRY, Some(0)))?;
+            drop(copied.commit(MigrateReason::CpuFault));
+            drop(guard);
+            assert_eq!(setup.used(), WINDOW - 1);
+            assert_eq!(setup.home(MigrateReason::CpuFault), 0);
             Ok(())
         })
     }
