@@ -34,7 +34,10 @@ use kernel::{
     bindings,
     error::to_result,
     mm::{
-        virt::VmaRef,
+        virt::{
+            flags,
+            VmaRef, //
+        },
         MmWithUser, //
     },
     page::PAGE_SIZE,
@@ -415,14 +418,15 @@ pub(crate) fn clamp_order(window: PageRange, va: usize, order: u32) -> u32 {
 ///
 /// # Errors
 ///
-/// [`EFAULT`] if there is none, or if it is one that GUP refuses too: memory that is secret even to
-/// the kernel, and shadow stacks, to which no store of the process goes; [`EINTR`].
+/// [`EFAULT`] if there is none, or if it is one that GUP refuses too: memory of devices, or that is
+/// secret even to the kernel, and shadow stacks, to which no store of the process goes; [`EINTR`].
 pub(crate) fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
     let guard = mm.mmap_read_lock_killable()?;
     let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
     // SAFETY: The VMA is valid.
     let is_secret = unsafe { bindings::vma_is_secretmem(vma.as_ptr()) };
-    if is_secret || vma.flags() & bindings::VM_SHADOW_STACK != 0 {
+    let special = flags::IO | flags::PFNMAP | bindings::VM_SHADOW_STACK;
+    if is_secret || vma.flags() & special != 0 {
         return Err(EFAULT);
     }
     PageRange::new(vma.start(), vma.end())
