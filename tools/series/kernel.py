@@ -206,7 +206,7 @@ class Kernels:
             raise Failure("before the program: " + value.strip(), log, 125)
         return int(value) + (128 if how == "signal" else 0)
 
-    def selftest(self, tally, tier, name, boot, look=None, prefix=None):
+    def selftest(self, tally, tier, name, boot, look=None, prefix=""):
         """A program in a boot of its own, which boot(log, output) makes; what it prints is read as
         KTAP. look(log) is for what the kernel has said."""
         log, results = "%s-%s" % (tier, name), []
@@ -219,7 +219,7 @@ class Kernels:
                 look(logfile(log))
             if status not in (0, 4) and all(s in ("PASS", "SKIP") for _, s in results):
                 raise Failure("it ended with status %d" % status, output)
-        tally.results("%sselftest:" % (prefix or ""), results, output)
+        tally.results(prefix + "selftest:", results, output)
 
     def uml(self, kernel, root, consoles, words):
         """The command that boots a kernel of UML; its two consoles are file descriptors."""

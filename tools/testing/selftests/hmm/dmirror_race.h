@@ -114,14 +114,6 @@ static bool __printf(2, 3) fail(struct thread *t, const char *format, ...)
 	return false;
 }
 
-static inline uint64_t microseconds(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000000ULL + now.tv_nsec / 1000;
-}
-
 static inline size_t below(struct thread *t, size_t n)
 {
 	return cpu_random(&t->seed) % n;

@@ -101,6 +101,14 @@ static inline int temporary_file(size_t length)
 	return ftruncate(fd, length) ? -errno : fd;
 }
 
+static inline uint64_t microseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000ULL + now.tv_nsec / 1000;
+}
+
 /* Waits for a child that must end by itself: its status, or -1 on timeout. */
 static inline int wait_child(pid_t pid, int seconds)
 {

@@ -1690,7 +1690,7 @@ struct churn {
 	size_t length;
 	bool remap;
 	bool stop;
-	long pause;
+	uint64_t pause;
 	unsigned long rounds;
 	int err;
 };
@@ -1727,14 +1727,6 @@ static unsigned long churn_rounds(struct churn *churn)
 	return __atomic_load_n(&churn->rounds, __ATOMIC_ACQUIRE);
 }
 
-static long now_us(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000 * 1000 + now.tv_nsec / 1000;
-}
-
 /* Another thread writes to, unmaps and maps other memory: the result is right. */
 TEST_F(svm, churn_elsewhere)
 {
@@ -1749,9 +1741,9 @@ TEST_F(svm, churn_elsewhere)
 
 	ASSERT_NE(MAP_FAILED, p);
 	ASSERT_NE(MAP_FAILED, churn.p);
-	churn.pause = -now_us();
+	churn.pause = -microseconds();
 	ASSERT_EQ(0, compare_rounds(self->fd, p, length, 1, 0));
-	churn.pause += now_us();
+	churn.pause += microseconds();
 	ASSERT_EQ(0, pthread_create(&thread, NULL, churn_thread, &churn));
 	for (unsigned int i = 0; i < 200 && (i < 20 || churn_rounds(&churn) < 20); i++) {
 		EXPECT_EQ(0, compare_rounds(self->fd, p, length, 1, i));
@@ -1774,9 +1766,9 @@ TEST_F(svm, churn_here)
 	pthread_t thread;
 
 	ASSERT_NE(MAP_FAILED, churn.p);
-	churn.pause = -now_us();
+	churn.pause = -microseconds();
 	ASSERT_EQ(0, run(self->fd, gpu_fill(churn.p, 0x5b, length)));
-	churn.pause += now_us();
+	churn.pause += microseconds();
 	ASSERT_EQ(0, pthread_create(&thread, NULL, churn_thread, &churn));
 	for (unsigned int i = 0; i < 200 && (i < 20 || churn_rounds(&churn) < 20); i++) {
 		ASSERT_EQ(0, run(self->fd, gpu_fill(churn.p, 0x5b, length)));
