@@ -6,10 +6,14 @@
 //! memory, for as long as a batch lasts; the core has the pages locked and unmapped meanwhile.
 
 use core::{
+    cell::Cell,
     marker::PhantomData,
     slice, //
 };
-use kernel::page::PAGE_SIZE;
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
 
 /// A range of a device's memory made of whole pages, in bytes from its start.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -34,7 +38,6 @@ impl DeviceRange {
 }
 
 /// One of the things to be done for a [`CopyBatch`].
-#[derive(Debug)]
 pub enum CopyOp<'a> {
     /// Copy from RAM to the device. Both have the same length.
     ToDevice {
@@ -47,14 +50,53 @@ pub enum CopyOp<'a> {
     ToRam {
         /// Where from.
         from: DeviceRange,
-        /// Where to. Zeroes, or what a batch that failed has left there: write all of it.
-        to: &'a mut [u8],
+        /// Where to.
+        to: NewMemory<'a>,
     },
     /// Fill the device's memory with zeroes: what was never written reads as zero.
     Zero {
         /// What to fill.
         to: DeviceRange,
     },
+}
+
+/// System memory that the pages of a run are to move to.
+///
+/// It can be written from its start to its end, once, and not be read: it may hold old data of
+/// others. A batch of which a byte is left has failed.
+pub struct NewMemory<'a> {
+    start: *mut u8,
+    left: usize,
+    written: &'a Cell<usize>,
+}
+
+impl NewMemory<'_> {
+    /// The bytes that are left to be written.
+    #[inline]
+    #[expect(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.left
+    }
+
+    /// Writes the next of them.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if `bytes` are more than are left; nothing is written then.
+    #[inline]
+    pub fn write(&mut self, bytes: &[u8]) -> Result {
+        self.left = self.left.checked_sub(bytes.len()).ok_or(EINVAL)?;
+        // SAFETY: By the invariants of `CopyBatch`, from which this is, the memory is valid for
+        // writes by nobody else; as checked above there is room for `bytes`, which cannot overlap
+        // it.
+        unsafe {
+            self.start
+                .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
+        };
+        self.start = self.start.wrapping_add(bytes.len());
+        self.written.set(self.written.get() + bytes.len());
+        Ok(())
+    }
 }
 
 /// A page to be copied.
@@ -91,17 +133,19 @@ impl PageCopy {
 
 /// Pages to be copied one way, as an iterator over runs that are contiguous on both sides.
 ///
-/// The batch is done when the iterator is at its end and the driver says so: a batch that was not
-/// taken to its end has failed.
+/// The batch is done when the iterator is at its end, all [`NewMemory`] was written and the driver
+/// says so: else it has failed.
 ///
 /// # Invariants
 ///
 /// Where `ram` of a page is not null it is the address of a page that is valid for reads, or where
-/// the pages go to RAM for reads and writes, by nobody else, for `'a`; where they go to RAM none is
-/// null. No page of RAM is in it twice.
+/// the pages go to RAM for writes, by nobody else, for `'a`; where they go to RAM none is null. No
+/// page of RAM is in it twice.
 pub struct CopyBatch<'a> {
     pages: &'a [PageCopy],
     to_device: bool,
+    /// The bytes of new memory that were written.
+    written: &'a Cell<usize>,
     _ram: PhantomData<&'a mut [u8]>,
 }
 
@@ -109,11 +153,16 @@ impl<'a> CopyBatch<'a> {
     /// # Safety
     ///
     /// `pages` are as the type invariants ask for.
-    pub(crate) unsafe fn new(pages: &'a [PageCopy], to_device: bool) -> Self {
+    pub(crate) unsafe fn new(
+        pages: &'a [PageCopy],
+        to_device: bool,
+        written: &'a Cell<usize>,
+    ) -> Self {
         // INVARIANT: By the safety requirements.
         Self {
             pages,
             to_device,
+            written,
             _ram: PhantomData,
         }
     }
@@ -148,9 +197,12 @@ impl<'a> Iterator for CopyBatch<'a> {
             },
             (false, _) => CopyOp::ToRam {
                 from: device,
-                // SAFETY: By the type invariants the pages are valid for writes, and nobody else
-                // accesses them; they are adjacent, and not handed out again.
-                to: unsafe { slice::from_raw_parts_mut(first.ram, device.len) },
+                // The pages are adjacent, and not handed out again.
+                to: NewMemory {
+                    start: first.ram,
+                    left: device.len,
+                    written: self.written,
+                },
             },
         })
     }

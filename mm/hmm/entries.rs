@@ -150,23 +150,27 @@ impl Entries {
         Ok(())
     }
 
-    /// Forgets the entries of `range`, and the leaves that have none any more. What a process has
-    /// unmapped costs no more than its region.
-    pub(crate) fn erase(&mut self, range: PageRange) {
+    /// Erases the entries of `range`, and frees the leaves that have none any more, so that memory
+    /// which a process has unmapped costs no more than its region. Returns how many there were.
+    pub(crate) fn erase(&mut self, range: PageRange) -> usize {
+        let mut erased = 0;
         let mut va = range.start();
         while va < range.end() {
             let Some((leaf, page)) = self.position(va) else {
-                return;
+                break;
             };
             let pages = (LEAF_PAGES - page).min((range.end() - va) / PAGE_SIZE);
             if let Some(slot) = self.leaves.get_mut(leaf) {
                 if let Some(leaf) = slot {
-                    leaf.0[page..page + pages].fill(Pfn::NONE);
+                    let pfns = &mut leaf.0[page..page + pages];
+                    erased += pfns.iter().filter(|pfn| **pfn != Pfn::NONE).count();
+                    pfns.fill(Pfn::NONE);
                 }
                 slot.take_if(|leaf| leaf.is_empty());
             }
             va += pages * PAGE_SIZE;
         }
+        erased
     }
 
     /// Copies from the page of `va` to `buf`, which does not reach past that page.

@@ -11,8 +11,9 @@
 
 use super::{
     fault::{
-        range_fault,
+        populate,
         vma_at,
+        vma_for,
         Deadline,
         FaultBuf,
         DEFAULT_TIMEOUT_MS, //
@@ -124,27 +125,33 @@ fn mirror_make_exclusive(
     let current = kernel::current!();
     let mm = mirror.current_mm(current.mm())?;
     // Before a region is made: an address where nothing is mapped leaves nothing behind.
-    vma_at(mm, page.start())?;
+    vma_at(mm, page.start(), Access::Write)?;
     let region = mirror.region_or_insert(mm, page.start())?;
 
     let mut deadline = Deadline::new(DEFAULT_TIMEOUT_MS);
     buf.retries = 0;
     loop {
         buf.bring_leaf()?;
-        // The page is made writable first, and comes home if it is a device's. If it is exclusive
-        // already that ends here. All of this would collide with the sequence later.
-        let write = Some(Access::Write);
-        let seq = range_fault(
+        // Make the page writable first, migrate it to system memory if it is a device's, and end
+        // the exclusive access of others: all of this would collide with the sequence later.
+        let populated = populate(
             mm,
             &region,
             page,
-            write,
+            Access::Write,
             null_mut(),
             &mut deadline,
             &mut buf.pfns,
-        )?;
-        if make_exclusive(mm, &region, page, seq, buf, f)? {
-            return Ok(());
+        );
+        match populated {
+            Ok(seq) => {
+                if make_exclusive(mm, &region, page, seq, buf, f)? {
+                    return Ok(());
+                }
+            }
+            // One long invalidation may have taken all of the time: `retry()` decides.
+            Err(err) if err == EBUSY => {}
+            Err(err) => return Err(err),
         }
         deadline.retry(buf)?;
     }
@@ -161,6 +168,7 @@ fn make_exclusive(
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result<bool> {
     let guard = mm.mmap_read_lock_killable()?;
+    vma_for(&guard, page.start(), Access::Write)?;
     let mut folio = null_mut();
     // SAFETY: The mm has users, and mmap_lock is held.
     let made = from_err_ptr(unsafe {

@@ -2,9 +2,13 @@
 
 //! Faults on behalf of the device: the collision-retry loop.
 //!
-//! `hmm_range_fault()` reports what the process's page tables say of a window of pages, and makes
-//! mm fault those that the device needs. Its report is worth something only while no invalidation
-//! has collided with it: a [`Commit`] is the proof, under the region's lock.
+//! One attempt looks at a window of pages with `hmm_range_fault()`, which faults nothing. If a page
+//! that the device needs is missing, `hmm_range_fault_unlocked_timeout()` faults it, and the window
+//! is looked at again. A report is valid only while no invalidation has collided with it: a
+//! [`Commit`] is the proof, under the region's lock.
+//!
+//! Each look checks the VMAs as `check_vma_flags()` in `mm/gup.c` does, under the `mmap_lock` that
+//! it holds for the report. The device gets what GUP would get for the current task, and no more.
 //!
 //! C header: [`include/linux/hmm.h`](srctree/include/linux/hmm.h)
 
@@ -26,10 +30,7 @@ use super::{
     pool::Pool,
     range::PageRange,
 };
-use core::{
-    marker::PhantomData,
-    ptr::null_mut, //
-};
+use core::marker::PhantomData;
 use kernel::{
     bindings,
     error::to_result,
@@ -38,7 +39,8 @@ use kernel::{
             flags,
             VmaRef, //
         },
-        MmWithUser, //
+        MmWithUser,
+        MmapReadGuard, //
     },
     page::PAGE_SIZE,
     prelude::*,
@@ -177,6 +179,11 @@ impl Deadline {
         }
     }
 
+    /// The time begins to run, if it has not yet.
+    fn start(&mut self) {
+        self.begin.get_or_insert_with(Instant::now);
+    }
+
     fn left(&self) -> Delta {
         match self.begin {
             Some(begin) => self.timeout - begin.elapsed(),
@@ -207,37 +214,26 @@ impl Deadline {
     }
 }
 
-/// Fills `pfns`, one element a page, with what is known of `range`, after a fault for `access` to
-/// all of it, if any. Returns the sequence.
-///
-/// `owner` is that of the pool whose pages are reported; those of other devices come home when they
-/// are faulted.
-///
-/// # Context
-///
-/// Takes `mmap_lock` of `mm` for read.
+/// The arguments of `hmm_range_fault()` for `range` of `region`.
 ///
 /// # Errors
 ///
-/// Those of `hmm_range_fault_unlocked_timeout()`; [`EINVAL`] if `region` is not one of `mm`, or if
-/// `range` does not lie in it or has more pages than `pfns` has elements.
-pub(crate) fn range_fault(
+/// [`EINVAL`] if `region` is not one of `mm`, or if `range` does not lie in it or has more pages
+/// than `pfns` has elements.
+fn hmm_range(
     mm: &MmWithUser,
     region: &Region,
     range: PageRange,
     access: Option<Access>,
     owner: *mut c_void,
-    deadline: &mut Deadline,
     pfns: &mut [usize],
-) -> Result<usize> {
+) -> Result<bindings::hmm_range> {
     if !region.is_of(mm) || region.range().intersect(&range) != Some(range) {
         return Err(EINVAL);
     }
     let pfns = pfns.get_mut(..range.pages()).ok_or(EINVAL)?;
     pfns.fill(0);
-    // The C loop starts again with its own output as the input, where HMM_PFN_VALID and
-    // HMM_PFN_WRITE would ask for a fault: the mask makes it look at the default flags only.
-    let mut range = bindings::hmm_range {
+    Ok(bindings::hmm_range {
         notifier: region.notifier(),
         notifier_seq: 0,
         start: range.start(),
@@ -246,15 +242,98 @@ pub(crate) fn range_fault(
         default_flags: request(access),
         pfn_flags_mask: 0,
         dev_private_owner: owner,
-    };
-    // SAFETY: The notifier is inserted, by the type invariants of `Region`; as checked above it
-    // spans the range, `hmm_pfns` has an element for each page, and its mm is `mm`, which has
-    // users.
+    })
+}
+
+/// Makes mm fault `range` for `access`. Returns the sequence with which `pfns`, one element a page,
+/// was filled.
+///
+/// Pages of the pool that has this `owner` are not faulted if they allow the access; those of other
+/// devices are migrated to system memory.
+///
+/// # Context
+///
+/// Takes `mmap_lock` of `mm` for read.
+///
+/// # Errors
+///
+/// Those of `hmm_range_fault_unlocked_timeout()`, and [`EINVAL`] as for [`hmm_range`].
+pub(crate) fn populate(
+    mm: &MmWithUser,
+    region: &Region,
+    range: PageRange,
+    access: Access,
+    owner: *mut c_void,
+    deadline: &mut Deadline,
+    pfns: &mut [usize],
+) -> Result<usize> {
+    let mut range = hmm_range(mm, region, range, Some(access), owner, pfns)?;
+    // SAFETY: `hmm_range()` has checked that the region, whose notifier is inserted by its type
+    // invariants, is one of `mm` and spans the range, and that `hmm_pfns` has an element for each
+    // page. The mm has users.
     let result = to_result(unsafe {
         bindings::hmm_range_fault_unlocked_timeout(&mut range, deadline.jiffies())
     });
-    deadline.begin.get_or_insert_with(Instant::now);
+    deadline.start();
     result.map(|()| range.notifier_seq)
+}
+
+/// Reports what is mapped in `range`, without a fault, to the first elements of `pfns`. Returns the
+/// range that was looked at, and the sequence of the report.
+///
+/// If an access `at` an address is given, the VMA there has to allow it, and what is looked at is
+/// the part of the range that lies in this VMA. Else the range may have holes between VMAs, which
+/// are reported as errors.
+///
+/// # Context
+///
+/// Takes `mmap_lock` of `mm` for read; waits for invalidations that run.
+///
+/// # Errors
+///
+/// - [`EFAULT`] if nothing is mapped at the address (or else in all of the range), or if it may not
+///   be read.
+/// - [`EPERM`] if the access is a write and the memory may not be written.
+/// - [`EBUSY`] if an invalidation collided, [`EINTR`], and [`EINVAL`] as for [`hmm_range`].
+pub(crate) fn report(
+    mm: &MmWithUser,
+    region: &Region,
+    range: PageRange,
+    at: Option<(usize, Access)>,
+    owner: *mut c_void,
+    pfns: &mut [usize],
+) -> Result<(PageRange, usize)> {
+    // Before mmap_lock is taken: an invalidation that runs may hold it.
+    let seq = region.read_begin();
+    let guard = mm.mmap_read_lock_killable()?;
+    let range = match at {
+        Some((va, access)) => vma_for(&guard, va, access)?
+            .intersect(&range)
+            .ok_or(EFAULT)?,
+        None if next_vma(&guard, mm, range).is_none() => return Err(EFAULT),
+        None => range,
+    };
+    let mut args = hmm_range(mm, region, range, None, owner, pfns)?;
+    args.notifier_seq = seq;
+    // SAFETY: As in `populate()`; `guard` holds mmap_lock.
+    to_result(unsafe { bindings::hmm_range_fault(&mut args) })?;
+
+    // The page tables may allow more than the VMA does: a PTE of a shadow stack is writable, and
+    // protection keys are no part of it.
+    let mut rest = Some(range);
+    while let Some(part) = rest {
+        let Some((bounds, allowed)) = next_vma(&guard, mm, part) else {
+            break;
+        };
+        if let Some(part) = bounds.intersect(&part) {
+            let first = (part.start() - range.start()) / PAGE_SIZE;
+            for raw in pfns.iter_mut().skip(first).take(part.pages()) {
+                *raw = Pfn::from_output(*raw).limit(allowed).into_raw();
+            }
+        }
+        rest = PageRange::new(bounds.end().max(part.start()), part.end()).ok();
+    }
+    Ok((range, seq))
 }
 
 /// Proof that what was reported of a window still holds.
@@ -414,35 +493,61 @@ pub(crate) fn clamp_order(window: PageRange, va: usize, order: u32) -> u32 {
     (0..=order).rev().find(is_inside).unwrap_or(0)
 }
 
-/// The VMA at `va`.
+/// How a device may access the memory of `vma` for the current task, if at all.
 ///
-/// # Errors
-///
-/// [`EFAULT`] if there is none, or if it is one that GUP refuses too: memory of devices, or that is
-/// secret even to the kernel, and shadow stacks, to which no store of the process goes; [`EINTR`].
-pub(crate) fn vma_at(mm: &MmWithUser, va: usize) -> Result<PageRange> {
-    let guard = mm.mmap_read_lock_killable()?;
-    let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
-    // SAFETY: The VMA is valid.
+/// Mirrors `check_vma_flags()` in `mm/gup.c`, for a GUP of the task's own memory without flags but
+/// `FOLL_WRITE`: Documentation/mm/hmm-rust.rst compares the two line by line.
+fn allowed_access(vma: &VmaRef) -> Option<Access> {
+    // SAFETY: The VMA is valid, since there is a reference to it.
     let is_secret = unsafe { bindings::vma_is_secretmem(vma.as_ptr()) };
-    let special = flags::IO | flags::PFNMAP | bindings::VM_SHADOW_STACK;
-    if is_secret || vma.flags() & special != 0 {
-        return Err(EFAULT);
+    // SAFETY: As above. The access is no instruction fetch, and is made for the current task.
+    let permits =
+        |write| unsafe { bindings::arch_vma_access_permitted(vma.as_ptr(), write, false, false) };
+    let has = |flag| vma.flags() & flag != 0;
+
+    if has(flags::IO | flags::PFNMAP) || is_secret || !has(flags::READ) || !permits(false) {
+        return None;
     }
-    PageRange::new(vma.start(), vma.end())
+    match has(flags::WRITE) && !has(bindings::VM_SHADOW_STACK) && permits(true) {
+        true => Some(Access::Write),
+        false => Some(Access::Read),
+    }
 }
 
-/// Whether any VMA has a part of `range`.
+/// The bounds of the VMA at `va`, which allows `access`.
 ///
 /// # Errors
 ///
-/// [`EINTR`].
-fn is_mapped(mm: &MmWithUser, range: PageRange) -> Result<bool> {
-    let _guard = mm.mmap_read_lock_killable()?;
-    // SAFETY: The mm is valid, and mmap_lock is held.
+/// [`EFAULT`] if there is none, or if it may not be read; [`EPERM`] if it may not be written.
+pub(crate) fn vma_for(guard: &MmapReadGuard<'_>, va: usize, access: Access) -> Result<PageRange> {
+    let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
+    match (allowed_access(vma).ok_or(EFAULT)?, access) {
+        (Access::Read, Access::Write) => Err(EPERM),
+        _ => PageRange::new(vma.start(), vma.end()),
+    }
+}
+
+/// As [`vma_for`], for a caller that does not hold `mmap_lock`. [`EINTR`] on a fatal signal.
+pub(crate) fn vma_at(mm: &MmWithUser, va: usize, access: Access) -> Result<PageRange> {
+    vma_for(&mm.mmap_read_lock_killable()?, va, access)
+}
+
+/// The first VMA that has a part of `range`, if any: its bounds, and how a device may access it.
+fn next_vma(
+    _guard: &MmapReadGuard<'_>,
+    mm: &MmWithUser,
+    range: PageRange,
+) -> Option<(PageRange, Option<Access>)> {
+    // SAFETY: The mm is valid, and the guard holds mmap_lock.
     let vma = unsafe { bindings::find_vma(mm.as_raw(), range.start()) };
-    // SAFETY: As above: a VMA that is found is valid.
-    Ok(!vma.is_null() && unsafe { VmaRef::from_raw(vma) }.start() < range.end())
+    if vma.is_null() {
+        return None;
+    }
+    // SAFETY: `find_vma()` has returned a VMA, which is valid while mmap_lock is held.
+    let vma = unsafe { VmaRef::from_raw(vma) };
+    let bounds = PageRange::new(vma.start(), vma.end()).ok()?;
+    bounds.intersect(&range)?;
+    Some((bounds, allowed_access(vma)))
 }
 
 /// The part of a request that one attempt is for.
@@ -461,23 +566,27 @@ struct Window<'r> {
 }
 
 impl<'r> Window<'r> {
-    /// Clips the request to a window of `2^order` pages, the region and `bounds`: those of the VMA
-    /// if pages are to be faulted.
-    ///
-    /// The VMA may change before the fault; then the fault finds out. It is looked at so that a
-    /// hole after the VMA does not make what is needed fail each time.
-    fn new(region: &'r Region, bounds: PageRange, req: &FaultRequest, order: u32) -> Result<Self> {
-        // INVARIANT: An aligned block of at most a leaf's order lies in one leaf; the intersections
-        // only shrink it. All contain the start of what is needed.
-        let range = region
-            .window(req.need.start(), order)?
-            .intersect(&bounds)
-            .ok_or(EFAULT)?;
+    /// Clips the request to a window of `2^order` pages and to the region.
+    fn new(region: &'r Region, req: &FaultRequest, order: u32) -> Result<Self> {
+        let window = region.window(req.need.start(), order)?;
+        let needed = window.intersect(&req.need).ok_or(EFAULT)?;
+        // INVARIANT: An aligned block of at most a leaf's order lies in one leaf, and contains the
+        // start of what is needed.
         Ok(Self {
             region,
-            range,
-            needed: range.intersect(&req.need).ok_or(EFAULT)?,
+            range: if req.access.is_some() { window } else { needed },
+            needed,
             access: req.access,
+        })
+    }
+
+    /// The part of the window that lies in `range`, in which the needed pages start.
+    fn clip(&self, range: PageRange) -> Result<Self> {
+        // INVARIANT: An intersection is smaller than the window.
+        Ok(Self {
+            range: self.range.intersect(&range).ok_or(EFAULT)?,
+            needed: self.needed.intersect(&range).ok_or(EFAULT)?,
+            ..*self
         })
     }
 
@@ -486,15 +595,46 @@ impl<'r> Window<'r> {
         self.access.is_none_or(|access| pfn.allows(access))
     }
 
-    /// The same, for the first page that is needed only. `None` if it is that already.
-    fn narrow(&self) -> Option<Self> {
+    /// The window of the first needed page only. `None` if it is that already, and for a snapshot,
+    /// of which no page is needed more than the others.
+    fn first_page(&self) -> Option<Self> {
+        self.access?;
         let page = PageRange::from_len(self.needed.start(), PAGE_SIZE).ok()?;
-        // INVARIANT: The page is one of the window's.
-        (self.range != page).then_some(Self {
-            range: page,
-            needed: page,
-            ..*self
-        })
+        (self.range != page).then(|| self.clip(page).ok())?
+    }
+
+    /// A smaller window to try after a collision: the needed pages, then only the first of them.
+    ///
+    /// The less is looked at, the shorter is the time in which another invalidation can collide.
+    fn narrow(&self) -> Option<Self> {
+        if self.range != self.needed {
+            return self.clip(self.needed).ok();
+        }
+        self.first_page()
+    }
+
+    /// Looks at the window, faults what is missing, and calls `f` with the proof, unless an
+    /// invalidation has collided. Returns whether it has called `f`.
+    fn attempt(
+        &self,
+        mm: &MmWithUser,
+        owner: *mut c_void,
+        deadline: &mut Deadline,
+        buf: &mut FaultBuf,
+        raced: &mut dyn FnMut(&mut [usize]),
+        f: &mut dyn FnMut(&Commit<'_>),
+    ) -> Result<bool> {
+        buf.bring_leaf()?;
+        let mut snapshot = Snapshot::take(mm, *self, owner, buf)?;
+        if let (Some(access), Some(missing)) = (self.access, snapshot.missing()) {
+            let Snapshot { window, buf, .. } = snapshot;
+            let pfns = &mut buf.pfns;
+            populate(mm, window.region, missing, access, owner, deadline, pfns)?;
+            snapshot = Snapshot::take(mm, window, owner, buf)?;
+        }
+        deadline.start();
+        raced(&mut snapshot.buf.pfns);
+        snapshot.commit(f)
     }
 }
 
@@ -512,55 +652,45 @@ struct Snapshot<'a> {
 }
 
 impl<'a> Snapshot<'a> {
-    /// Faults what is needed, if anything, and reports the window.
+    /// Looks at the window, as far as its VMA goes if a page of it is needed.
     ///
     /// # Errors
     ///
-    /// Those of [`range_fault`], and [`ENOMEM`].
+    /// Those of [`report`].
     fn take(
         mm: &MmWithUser,
         window: Window<'a>,
         owner: *mut c_void,
-        deadline: &mut Deadline,
         buf: &'a mut FaultBuf,
     ) -> Result<Self> {
-        buf.bring_leaf()?;
-
-        // What is needed comes first and alone: asked for one page of a range that has no page
-        // table yet, mm faults the range. The rest of the window is then only looked at.
-        let mut look = |range, access, owner, pfns: &mut [usize]| {
-            range_fault(mm, window.region, range, access, owner, deadline, pfns)
-        };
-        let mut seq = look(window.needed, window.access, owner, &mut buf.pfns)?;
-        let mut stale = window.range != window.needed;
-
-        // A page of the device that it may only read, after a fork, is reported as it is, whatever
-        // was asked for. To write, a copy is needed, and that is the CPU's to make: such a page is
-        // faulted as one that nobody knows, which brings it home.
-        for (va, raw) in window.needed.page_addrs().zip(&mut buf.pfns) {
-            if !window.is_served(Pfn::from_output(*raw)) {
-                let page = PageRange::from_len(va, PAGE_SIZE)?;
-                look(page, window.access, null_mut(), core::slice::from_mut(raw))?;
-                stale = true;
-            }
-        }
-        if stale {
-            seq = look(window.range, None, owner, &mut buf.pfns)?;
-        }
+        let at = window.access.map(|access| (window.needed.start(), access));
+        let (range, seq) = report(mm, window.region, window.range, at, owner, &mut buf.pfns)?;
         // INVARIANT: Reported just now.
         Ok(Self {
-            window,
+            window: window.clip(range)?,
             seq,
             owner,
             buf,
         })
     }
 
+    /// The smallest range with all pages that are needed and not there, if any.
+    fn missing(&self) -> Option<PageRange> {
+        let Window { range, needed, .. } = self.window;
+        let mut missing = range.page_addrs().zip(&self.buf.pfns).filter(|(va, raw)| {
+            needed.contains(*va) && !self.window.is_served(Pfn::from_output(**raw))
+        });
+        let (first, _) = missing.next()?;
+        let last = missing.last().map_or(first, |(va, _)| va);
+        PageRange::new(first, last + PAGE_SIZE).ok()
+    }
+
     /// Makes the report the region's entries and calls `f`, unless it is stale.
     ///
     /// # Errors
     ///
-    /// [`EINTR`] if a fatal signal ends the wait for the lock.
+    /// [`EINTR`] if a fatal signal ends the wait for the lock; [`EFAULT`] if a page that is needed
+    /// is none that a device can be given.
     fn commit(self, f: &mut dyn FnMut(&Commit<'_>)) -> Result<bool> {
         let Self {
             window,
@@ -576,9 +706,12 @@ impl<'a> Snapshot<'a> {
         for (va, raw) in window.range.page_addrs().zip(pfns.iter_mut()) {
             // SAFETY: It was reported, by the type invariants, and is not stale under the lock.
             let pfn = unsafe { identify(Pfn::from_output(*raw), owner) };
-            // What was needed may have gone before the window was looked at.
             if window.needed.contains(va) && !window.is_served(pfn) {
-                return Ok(false);
+                // A hole may have come since the fault, and another fault fills it. An error stays.
+                return match pfn.state() {
+                    State::Error => Err(EFAULT),
+                    State::Hole | State::Present(_) => Ok(false),
+                };
             }
             *raw = pfn.into_raw();
         }
@@ -673,54 +806,62 @@ impl Mirror {
         result.ok_or(EIO)
     }
 
-    /// The loop of [`Mirror::fault`]. `raced` runs between a snapshot and its commit: the tests let
-    /// invalidations collide there.
+    /// The loop of [`Mirror::fault`]. `raced` runs between a report and its commit: the tests let
+    /// invalidations collide there, or change the report.
     pub(crate) fn fault_loop(
         &self,
         req: &FaultRequest,
         buf: &mut FaultBuf,
         f: &mut dyn FnMut(&Commit<'_>),
-        mut raced: impl FnMut(),
+        mut raced: impl FnMut(&mut [usize]),
     ) -> Result {
         buf.retries = 0;
         let current = kernel::current!();
         let mm = self.current_mm(current.mm())?;
-        // Before a region is made: an address where nothing is mapped leaves nothing behind.
         let start = req.need.start();
-        let bounds = match req.access {
-            Some(_) => vma_at(mm, start)?,
+        let region = match self.region(start) {
+            Some(region) => region,
             None => {
-                let block = PageRange::aligned_block(start, buf.order)?;
-                let range = block.intersect(&req.need).ok_or(EFAULT)?;
-                is_mapped(mm, range)?.then_some(range).ok_or(EFAULT)?
+                // An address where nothing is mapped leaves no region behind.
+                check_mapped(mm, req, buf.order)?;
+                self.region_or_insert(mm, start)?
             }
         };
-        let region = self.region_or_insert(mm, start)?;
-        let mut window = Window::new(&region, bounds, req, buf.order)?;
+        let mut window = Window::new(&region, req, buf.order)?;
         let owner = Pool::owner(self.pool());
 
         let mut deadline = Deadline::new(req.timeout_ms);
         loop {
-            match Snapshot::take(mm, window, owner, &mut deadline, buf) {
-                Ok(snapshot) => {
-                    raced();
-                    if snapshot.commit(f)? {
-                        return Ok(());
-                    }
+            match window.attempt(mm, owner, &mut deadline, buf, &mut raced, f) {
+                Ok(true) => return Ok(()),
+                // The page that failed may be another than the first.
+                Err(err) if err == EFAULT || err == EPERM => {
+                    window = window.first_page().ok_or(err)?;
+                    continue;
                 }
-                Err(err) => match window.narrow() {
-                    // All of the time may have gone for one invalidation: `retry()` decides.
-                    _ if err == EBUSY => {}
-                    Some(page) if err == EFAULT || err == EPERM => {
-                        window = page;
-                        continue;
-                    }
-                    _ => return Err(err),
-                },
+                // One long invalidation may have taken all of the time: `retry()` decides.
+                Err(err) if err != EBUSY => return Err(err),
+                _ => window = window.narrow().unwrap_or(window),
             }
             deadline.retry(buf)?;
         }
     }
+}
+
+/// Whether the request is for an address where something is mapped.
+///
+/// # Errors
+///
+/// As for [`report`].
+fn check_mapped(mm: &MmWithUser, req: &FaultRequest, order: u32) -> Result {
+    let start = req.need.start();
+    let guard = mm.mmap_read_lock_killable()?;
+    if let Some(access) = req.access {
+        return vma_for(&guard, start, access).map(drop);
+    }
+    let block = PageRange::aligned_block(start, order)?;
+    let range = block.intersect(&req.need).ok_or(EFAULT)?;
+    next_vma(&guard, mm, range).map(drop).ok_or(EFAULT)
 }
 
 #[inline(never)]
@@ -731,7 +872,7 @@ fn mirror_fault(
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&Commit<'_>),
 ) -> Result {
-    let result = mirror.fault_loop(req, buf, f, || ());
+    let result = mirror.fault_loop(req, buf, f, |_| ());
     if result == Err(EBUSY) {
         // SAFETY: Always safe to call.
         unsafe { hmm_fault_busy(req.need.start(), buf.retries) };

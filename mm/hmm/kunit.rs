@@ -44,6 +44,10 @@ use kernel::{
     },
 };
 
+/// No module: the suites are built into the kernel.
+// SAFETY: `try_module_get()` and `module_put()` allow a null pointer.
+static MODULE: ThisModule = unsafe { ThisModule::from_ptr(core::ptr::null_mut()) };
+
 /// Maps `pages` pages, a power of two, aligned to as many.
 fn map_aligned(mm: &UserMm, pages: usize, prot: Prot) -> Result<PageRange> {
     let len = pages * PAGE_SIZE;

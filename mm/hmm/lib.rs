@@ -81,7 +81,8 @@ mod slots;
 pub use copy::{
     CopyBatch,
     CopyOp,
-    DeviceRange, //
+    DeviceRange,
+    NewMemory, //
 };
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use exclusive::ExclusivePage;
@@ -97,6 +98,7 @@ pub use fault::{
 };
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use migrate::{
+    Holes,
     MigrateBuf,
     MigrateReason,
     Migrated, //

@@ -19,12 +19,14 @@ use super::{
         PageCopy, //
     },
     fault::{
-        range_fault,
-        Deadline,
-        FaultBuf,
-        DEFAULT_TIMEOUT_MS, //
+        report,
+        FaultBuf, //
     },
     mirror::Mirror,
+    pfn::{
+        Pfn,
+        State, //
+    },
     pool::{
         address_of,
         data_of,
@@ -38,6 +40,7 @@ use super::{
     range::PageRange,
 };
 use core::{
+    cell::Cell,
     marker::PhantomData,
     ops::Range,
     ptr::{
@@ -57,7 +60,11 @@ use kernel::{
     },
     page::PAGE_SHIFT,
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    time::{
+        delay::fsleep,
+        Delta, //
+    }, //
 };
 
 /// The pages that are evicted, or come home together, without an array of somebody's.
@@ -66,9 +73,8 @@ pub(crate) const BATCH: usize = 1 << CPU_FAULT_ORDER;
 /// A page that the CPU touches brings home those of the aligned block of this order around it.
 const CPU_FAULT_ORDER: u32 = 4;
 
-/// For any page of RAM. It is zeroed, so that a driver that says it has copied and has not shows a
-/// process nothing of others.
-const GFP: bindings::gfp_t = bindings::GFP_HIGHUSER_MOVABLE | bindings::__GFP_ZERO;
+/// For any page of RAM. It need not be zeroed: it is mapped only if all of it was written.
+const GFP: bindings::gfp_t = bindings::GFP_HIGHUSER_MOVABLE;
 /// For a page of RAM that would be good to have.
 pub(crate) const GFP_TRY: bindings::gfp_t = GFP | bindings::__GFP_NORETRY | bindings::__GFP_NOWARN;
 /// For a page of RAM that was asked for, but not at the price of a process.
@@ -235,19 +241,26 @@ impl Locked<'_> {
     ///
     /// # Errors
     ///
-    /// Those of the driver; [`EIO`] if it did not look at all of them.
+    /// Those of the driver; [`EIO`] if it did not look at all of them, or has not written all of
+    /// the new memory.
     fn copy(&mut self, which: Range<usize>, to_device: bool) -> Result {
         let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
+        let written = Cell::new(0);
         // SAFETY: The pages of RAM are locked, unmapped and referenced by mm alone, or new: nobody
         // else accesses them, and they stay for as long as `self` does. Each is there once. Pages
         // go to RAM only with a page of RAM.
-        let mut batch = unsafe { CopyBatch::new(copies, to_device) };
+        let mut batch = unsafe { CopyBatch::new(copies, to_device, &written) };
         if !copies.is_empty() {
             self.pool.ops().copy(&mut batch)?;
         }
+        let all = if to_device {
+            0
+        } else {
+            copies.len() << PAGE_SHIFT
+        };
         match batch.next() {
-            None => Ok(()),
-            Some(_) => Err(EIO),
+            None if written.get() == all => Ok(()),
+            _ => Err(EIO),
         }
     }
 
@@ -393,8 +406,22 @@ impl<'a> Collected<'a, ToDevice> {
         unsafe { Self::select(pool, vma, range, select, null_mut(), arrays) }
     }
 
-    /// Copies the pages to those of `reservation`, as far as these go, and zeroes the device's
-    /// memory where there was nothing yet. A page without `data` stays.
+    /// Whether page `i` is to move to the device.
+    fn moves(&self, i: usize, holes: Holes) -> bool {
+        let src = self.0.src_page(i);
+        self.0.migrates(i)
+            && match src.is_null() {
+                true => holes == Holes::Populate,
+                // mm moves no page of a file to private memory, but finds that out later.
+                //
+                // SAFETY: A page that migrates is valid, and locked.
+                false => unsafe { bindings::PageAnon(src) },
+            }
+    }
+
+    /// Copies the pages to those of `reservation`, which takes free pages for them as far as there
+    /// are any, and zeroes the device's memory for holes. A page without `data` stays. Returns also
+    /// how many pages stay since there was no room for them.
     ///
     /// # Errors
     ///
@@ -402,27 +429,28 @@ impl<'a> Collected<'a, ToDevice> {
     pub(crate) fn copy(
         mut self,
         reservation: &mut Reservation<'_>,
+        holes: Holes,
         data: &mut dyn FnMut() -> Result<RawData>,
-    ) -> Result<Copied<'a, ToDevice>> {
-        let locked = &mut self.0;
-        if !reservation.is_of(locked.pool) {
+    ) -> Result<(Copied<'a, ToDevice>, usize)> {
+        if !reservation.is_of(self.0.pool) {
             return Err(EINVAL);
         }
-        let mut count = 0;
-        for i in 0..locked.pages {
-            let src = locked.src_page(i);
-            // mm moves no page of a file to private memory, but finds that out later.
-            //
-            // SAFETY: A page that migrates is valid, and locked.
-            if !locked.migrates(i) || !(src.is_null() || unsafe { bindings::PageAnon(src) }) {
+        let wanted = (0..self.0.pages).filter(|i| self.moves(*i, holes)).count();
+        reservation.fill(wanted);
+        let (mut count, mut short) = (0, 0);
+        for i in 0..self.0.pages {
+            if !self.moves(i, holes) {
                 continue;
             }
             if reservation.is_used_up() {
-                break;
+                short += 1;
+                continue;
             }
             let Some(folio) = data().ok().and_then(|data| reservation.folio(data)) else {
                 continue;
             };
+            let locked = &mut self.0;
+            let src = locked.src_page(i);
             let ram = match src.is_null() {
                 true => null_mut(),
                 // SAFETY: The page is valid, and one of RAM by the type invariants.
@@ -438,9 +466,9 @@ impl<'a> Collected<'a, ToDevice> {
             // INVARIANT: A new folio, of the pool.
             locked.arrays.dst[i] = folio.into_mpfn();
         }
-        locked.copy(0..count, true)?;
-        // INVARIANT: As above.
-        Ok(Copied(self.0, PhantomData))
+        self.0.copy(0..count, true)?;
+        // INVARIANT: The sources are those that were collected; each destination is of the pool.
+        Ok((Copied(self.0, PhantomData), short))
     }
 }
 
@@ -499,7 +527,8 @@ impl<'a> Collected<'a, ToRam> {
     /// # Errors
     ///
     /// [`ENOMEM`] and those of the driver, if it was that why none comes. If page `need` does not
-    /// come, [`ENOMEM`] says that there is no RAM, and [`EIO`] that it cannot be copied.
+    /// come, [`ENOMEM`] says that there is no RAM, [`EAGAIN`] that the driver asks to try again,
+    /// and [`EIO`] that the page cannot be copied.
     pub(crate) fn copy(
         mut self,
         gfp: bindings::gfp_t,
@@ -545,16 +574,17 @@ impl<'a> Collected<'a, ToRam> {
             };
             count += 1;
         }
-        if let Err(err) = locked.copy(0..count, false) {
+        if let Err(mut err) = locked.copy(0..count, false) {
             // Perhaps it was one of them.
             let mut copied = 0;
             for n in 0..count {
                 let i = locked.arrays.copies[n].index;
-                if locked.copy(n..n + 1, false).is_ok() {
+                let result = locked.copy(n..n + 1, false);
+                err = result.err().unwrap_or(err);
+                if result.is_ok() {
                     copied += 1;
                 } else if Some(i) == need {
-                    // Whatever the driver says: ENOMEM would make the CPU try again.
-                    return Err(EIO);
+                    return Err(if is_transient(err) { EAGAIN } else { EIO });
                 } else {
                     locked.forget_dst(i);
                 }
@@ -655,6 +685,20 @@ pub(crate) unsafe fn evict(pool: &Pool, pfns: &mut [usize], gfp: bindings::gfp_t
     Ok(committed.pages())
 }
 
+/// Whether a driver whose copy has failed with `err` asks to be called again: see
+/// [`PoolOps::copy`].
+fn is_transient(err: Error) -> bool {
+    [EAGAIN, EBUSY, EINTR].contains(&err)
+}
+
+/// What has become of a page that the CPU touched.
+enum Touched {
+    /// It has moved to system memory, or the process has it there no more: the CPU tries again.
+    Done,
+    /// Somebody has a reference to it.
+    Held,
+}
+
 /// Called by mm when the CPU touches a page of a device.
 ///
 /// # Safety
@@ -664,35 +708,64 @@ pub(crate) unsafe fn evict(pool: &Pool, pfns: &mut [usize], gfp: bindings::gfp_t
 pub(crate) unsafe extern "C" fn migrate_to_ram(
     vmf: *mut bindings::vm_fault,
 ) -> bindings::vm_fault_t {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The caller passes a valid `vmf`, whose VMA is valid since mmap_lock is held.
     let (page, vma, va) = unsafe {
         let at = (*vmf).__bindgen_anon_1;
         ((*vmf).page, VmaRef::from_raw(at.vma), at.address)
     };
-    // SAFETY: By the caller's promise.
+    // SAFETY: The caller holds mmap_lock, a reference to the page, which is of a chunk, and its
+    // lock (see the `# Safety` section).
     match unsafe { cpu_fault(vma, va, page) } {
-        // Where the page did not come, somebody else was at it: the CPU tries again.
-        Ok(()) => 0,
-        // It tries again after this, too, when there is memory.
+        Ok(Touched::Done) => 0,
+        // SAFETY: The caller holds mmap_lock, and `vmf` is not used after this.
+        Ok(Touched::Held) => unsafe { retry_after(vmf, drain) },
+        // The CPU tries again when there is memory.
         Err(err) if err == ENOMEM => bindings::vm_fault_reason_VM_FAULT_OOM,
+        // SAFETY: The caller holds mmap_lock, and `vmf` is not used after this.
+        Err(err) if err == EAGAIN => unsafe { retry_after(vmf, || fsleep(PAUSE)) },
         Err(_) => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
     }
 }
 
+/// The time between two calls of a driver that asks to be called again for a page that the CPU
+/// waits for.
+const PAUSE: Delta = Delta::from_millis(1);
+
+/// Has the CPU fault again, after `wait` where the fault allows it: `mmap_lock` is released for it.
+///
+/// # Safety
+///
+/// `vmf` is valid and `mmap_lock` is held; neither is used by the caller after this.
+unsafe fn retry_after(vmf: *mut bindings::vm_fault, wait: impl FnOnce()) -> bindings::vm_fault_t {
+    // SAFETY: The caller passes a valid `vmf`, whose VMA is valid since mmap_lock is held.
+    let (flags, mm) = unsafe { ((*vmf).flags, (*(*vmf).__bindgen_anon_1.vma).vm_mm) };
+    let no_wait = bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT;
+    if flags & bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY == 0 || flags & no_wait != 0 {
+        return 0;
+    }
+    // SAFETY: The caller holds mmap_lock for read, by its contract; a fault that may be retried is
+    // told so by VM_FAULT_RETRY, as `release_fault_lock()` does it.
+    unsafe { bindings::mmap_read_unlock(mm) };
+    wait();
+    bindings::vm_fault_reason_VM_FAULT_RETRY
+}
+
 /// Makes the CPUs give up their references to pages that they are about to unlock (mlock()). They
 /// keep them until they have enough of them, and a page with such a reference does not migrate.
+///
+/// Every CPU works for this, and it waits for all of them: never with `mmap_lock` held.
 pub(crate) fn drain() {
-    // SAFETY: Safe to call where sleeping is. mm does so with pages locked, too.
+    // SAFETY: The callers may sleep.
     unsafe { bindings::lru_add_drain_all() };
 }
 
-/// Brings home the page at `va`, and those around it if they come.
+/// Migrates the page at `va` to system memory, and those around it if they come.
 ///
 /// # Safety
 ///
 /// `page` is of a chunk, locked and referenced; `mmap_lock` is held.
-unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Result {
-    // SAFETY: By the caller's promise.
+unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Result<Touched> {
+    // SAFETY: The caller holds a reference to the page, which is of a chunk.
     let pool = unsafe { pool_of(page) };
     let range = PageRange::aligned_block(va, CPU_FAULT_ORDER)?
         .intersect(&PageRange::new(vma.start(), vma.end())?)
@@ -705,17 +778,31 @@ unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Resul
         copies: &mut copies,
     };
     let need = range.index_of(va);
-    // SAFETY: By the caller's promise; the page is of `pool`.
+    // SAFETY: The caller holds mmap_lock, and the page is of `pool`, locked and referenced.
     let collected = unsafe { Collected::<ToRam>::at(pool, vma, range, page, arrays) }?;
+    // A hole may be collected, but a page that could not be has no flag left.
+    let gone = need.is_some_and(|need| collected.0.migrates(need));
     let committed = collected
         .copy(GFP_TRY, need)?
         .commit(MigrateReason::CpuFault);
     let came = need.is_some_and(|need| committed.has_moved(need));
     drop(committed);
-    if !came {
-        drain();
-    }
-    Ok(())
+    // SAFETY: The caller holds a reference to the page.
+    let mapped = unsafe { bindings::folio_mapped(page.cast()) };
+    Ok(match came || gone || !mapped {
+        true => Touched::Done,
+        false => Touched::Held,
+    })
+}
+
+/// What a migration to the device does about pages that the process has not touched yet.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Holes {
+    /// Leaves them as they are, and the shared page of zeroes too: what a read by the device may
+    /// do, since a read by the CPU allocates nothing.
+    Keep,
+    /// Populates them with zeroes in the memory of the device.
+    Populate,
 }
 
 /// What [`Mirror::migrate_to_device`] and [`Mirror::migrate_to_ram`] need for a window of pages.
@@ -784,17 +871,19 @@ impl Mirror {
     ///
     /// Only private memory that may be read migrates, and none that KSM may merge: anonymous
     /// memory, and the process's own copies of pages of a file. What was never touched gets a page
-    /// of zeroes there; what is swapped out stays so. Soft-dirty tracking does not see what a
-    /// device writes there. One call serves one window: from the start of `range` to the end of the
-    /// aligned block that `buf` spans, and no further than the VMA and the region go. `data` is
-    /// called for each page that gets a place; where that fails the page stays, which is no error.
+    /// of zeroes there if `holes` says so; what is swapped out stays so. Soft-dirty tracking does
+    /// not see what a device writes there. One call serves one window: from the start of `range` to
+    /// the end of the aligned block that `buf` spans, and no further than the VMA and the region
+    /// go. `data` is called for each page that gets a place; where that fails the page stays, which
+    /// is no error.
     ///
     /// The device is told nothing of where a page is now: it has lost what it knew of the window,
     /// and faults it again.
     ///
     /// # Context
     ///
-    /// A task of the mirrored process, which holds no lock. May evict pages, of any process. `data`
+    /// A task of the mirrored process, which holds no lock. May evict pages, of any process, but no
+    /// more than move in their place. `data`
     /// is called with `mmap_lock` held and pages locked: it may not allocate memory in a way that
     /// waits, access user memory, nor call the core.
     ///
@@ -814,10 +903,11 @@ impl Mirror {
         &self,
         pool: &DevicePool<T>,
         range: PageRange,
+        holes: Holes,
         buf: &mut MigrateBuf,
         mut data: impl FnMut() -> Result<T::PageData>,
     ) -> Result<Migrated> {
-        migrate_to_device(self, pool.pool(), range, buf, &mut || {
+        migrate_to_device(self, pool.pool(), range, holes, buf, &mut || {
             // SAFETY: It is for pages of `pool`, whose driver is `T`.
             data().map(|data| unsafe { RawData::new(data) })
         })
@@ -845,8 +935,8 @@ impl Mirror {
         let Some(pool) = self.pool() else {
             return Ok(Migrated { range, pages: 0 });
         };
-        let (range, pages) = self.survey(mm, range, buf)?;
-        if pages.device == 0 {
+        let (range, scan) = self.scan(mm, range, Holes::Keep, buf)?;
+        if !scan.device {
             return Ok(Migrated { range, pages: 0 });
         }
 
@@ -864,16 +954,18 @@ impl Mirror {
         Ok(Migrated { range, pages })
     }
 
-    /// Clips `range` to a window and counts its pages by where they are.
+    /// Clips `range` to a window and looks where its pages are, so that nothing is unmapped for
+    /// pages that are where they are to be.
     ///
-    /// So that nothing is unmapped or evicted for what is where it is to be; what it tells may be
-    /// stale by now. What cannot move (swapped out, pinned) is counted too.
-    fn survey(
+    /// The answer may be stale, and pages that somebody has pinned look as if they could move: what
+    /// does move turns out when the pages are collected.
+    fn scan(
         &self,
         mm: &MmWithUser,
         range: PageRange,
+        holes: Holes,
         buf: &mut MigrateBuf,
-    ) -> Result<(PageRange, Survey)> {
+    ) -> Result<(PageRange, Scan)> {
         let guard = mm.mmap_read_lock_killable()?;
         let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
         let can_migrate = vma.is_some();
@@ -881,30 +973,68 @@ impl Mirror {
         let range = PageRange::aligned_block(range.start(), buf.order)?
             .intersect(&range)
             .ok_or(EFAULT)?;
-        let mut pages = Survey::default();
         if !can_migrate {
-            return Ok((range, pages));
+            return Ok((range, Scan::NOTHING));
         }
 
         // A window is smaller than a region, and like it aligned.
         let region = self.region_or_insert(mm, range.start())?;
         let pfns = buf.src.get_mut(..range.pages()).ok_or(EINVAL)?;
         let owner = Pool::owner(self.pool());
-        let mut deadline = Deadline::new(DEFAULT_TIMEOUT_MS);
-        range_fault(mm, &region, range, None, owner, &mut deadline, pfns)?;
-        pages.device = self.pool().map_or(0, |pool| pool.count(pfns));
-        pages.other = range.pages() - pages.device;
-        Ok((range, pages))
+        let seq = match report(mm, &region, range, None, owner, pfns) {
+            Ok((_, seq)) => seq,
+            // An invalidation collided, so that nothing is known.
+            Err(err) if err == EBUSY => return Ok((range, Scan::UNKNOWN)),
+            Err(err) => return Err(err),
+        };
+        let Some(entries) = region.lock_unless_stale(seq)? else {
+            return Ok((range, Scan::UNKNOWN));
+        };
+        let mut scan = Scan::NOTHING;
+        for pfn in pfns.iter().map(|raw| Pfn::from_output(*raw)) {
+            match (pfn.state(), pfn.present()) {
+                // What is swapped out looks like a hole here. It is not collected.
+                (State::Hole, _) => scan.system |= holes == Holes::Populate,
+                (State::Present(_), Some(raw)) => {
+                    // SAFETY: The page is there, and cannot go while the region's lock is held.
+                    let page = unsafe { bindings::hmm_pfn_to_page(raw) };
+                    // SAFETY: As above: the page is valid.
+                    let (is_own, is_anon, is_zero) = unsafe {
+                        (
+                            Pool::owns(owner, page),
+                            bindings::PageAnon(page),
+                            bindings::is_zero_pfn(bindings::page_to_pfn(page)),
+                        )
+                    };
+                    scan.device |= is_own;
+                    scan.system |= !is_own && is_anon || is_zero && holes == Holes::Populate;
+                }
+                _ => {}
+            }
+        }
+        drop(entries);
+        Ok((range, scan))
     }
 }
 
-/// How many pages of a window are where.
-#[derive(Default)]
-struct Survey {
+/// Whether a window may have pages to move, by where they are.
+#[derive(Copy, Clone)]
+struct Scan {
     /// In the device's memory.
-    device: usize,
-    /// Elsewhere, or nowhere yet. None where mm would not migrate them.
-    other: usize,
+    device: bool,
+    /// In system memory, or in a hole that is to be populated.
+    system: bool,
+}
+
+impl Scan {
+    const NOTHING: Self = Self {
+        device: false,
+        system: false,
+    };
+    const UNKNOWN: Self = Self {
+        device: true,
+        system: true,
+    };
 }
 
 #[inline(never)]
@@ -913,6 +1043,7 @@ fn migrate_to_device(
     mirror: &Mirror,
     pool: &Arc<Pool>,
     range: PageRange,
+    holes: Holes,
     buf: &mut MigrateBuf,
     data: &mut dyn FnMut() -> Result<RawData>,
 ) -> Result<Migrated> {
@@ -921,26 +1052,39 @@ fn migrate_to_device(
     if !mirror.pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {
         return Err(EINVAL);
     }
-    let (range, pages) = mirror.survey(mm, range, buf)?;
-    if pages.other == 0 {
-        return Ok(Migrated { range, pages: 0 });
+    let (range, scan) = mirror.scan(mm, range, holes, buf)?;
+    let mut migrated = Migrated { range, pages: 0 };
+    if !scan.system {
+        return Ok(migrated);
     }
 
-    // Before any lock of mm is taken: to make room pages are evicted, and chunks made.
-    let (arrays, reserved) = buf.arrays();
-    let reserved = reserved.get_mut(..pages.other).ok_or(EINVAL)?;
-    let mut reservation = Pool::reserve(pool, reserved)?;
+    // First with the pages that are free. Room is made only for pages that were collected and had
+    // none, and only then: to make room pages are evicted, and chunks added, for which no lock of
+    // mm may be held.
+    let mut short = 0;
+    for _ in 0..2 {
+        let (arrays, reserved) = buf.arrays();
+        let mut reservation = match Pool::reserve(pool, reserved, short) {
+            Err(err) if err == ENOMEM && migrated.pages != 0 => break,
+            reservation => reservation?,
+        };
 
-    let guard = mm.mmap_read_lock_killable()?;
-    let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
-    let Some(vma) = vma else {
-        return Ok(Migrated { range, pages: 0 });
-    };
-    // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
-    let collected = unsafe { Collected::<ToDevice>::at(pool, vma, range, arrays) }?;
-    let copied = collected.copy(&mut reservation, data)?;
-    let pages = copied.commit().pages();
-    Ok(Migrated { range, pages })
+        let guard = mm.mmap_read_lock_killable()?;
+        let (range, vma) = migratable(guard.vma_lookup(range.start()), migrated.range)?;
+        migrated.range = range;
+        let Some(vma) = vma else {
+            break;
+        };
+        // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
+        let collected = unsafe { Collected::<ToDevice>::at(pool, vma, range, arrays) }?;
+        let (copied, left) = collected.copy(&mut reservation, holes, data)?;
+        migrated.pages += copied.commit().pages();
+        short = left;
+        if short == 0 {
+            break;
+        }
+    }
+    Ok(migrated)
 }
 
 /// The part of `range` that lies in `vma`, in which it starts; and `vma`, if its pages migrate.

@@ -64,13 +64,18 @@ pub(crate) const REGION_ORDER: u32 = 29 - 12;
 
 kernel::static_assert!(REGION_ORDER >= LEAF_ORDER);
 
+/// The bytes that are copied without releasing the region's lock, for which an `munmap()` waits
+/// with `mmap_lock` held.
+const ACCESS_BATCH: usize = 16 * PAGE_SIZE;
+
 /// What a driver implements to follow changes of the address space.
 pub trait MirrorOps: Send + Sync {
     /// The device must stop to use its own copies of the translations of `event.range()`, TLB
     /// included, before this returns.
     ///
     /// The core has erased its entries of the range already: nothing of it can be read, written or
-    /// committed until the driver faults it again.
+    /// committed until the driver faults it again. This is not called where there was no entry to
+    /// erase, and so none that a driver could use.
     ///
     /// # Context
     ///
@@ -233,6 +238,13 @@ impl Region {
         block.intersect(&self.range).ok_or(EFAULT)
     }
 
+    /// Waits for invalidations of the region that run, and returns the sequence to check for others
+    /// later.
+    pub(crate) fn read_begin(&self) -> usize {
+        // SAFETY: The notifier is inserted, by the type invariants.
+        unsafe { bindings::mmu_interval_read_begin(self.notifier.get()) }
+    }
+
     /// Locks the entries for write, unless an invalidation collided since `seq` was read.
     ///
     /// # Errors
@@ -292,11 +304,12 @@ impl Region {
         let start = start.max(region.range.start());
         let end = end.min(region.range.end());
         if let Ok(range) = PageRange::containing(start, end.saturating_sub(start)) {
-            entries.erase(range);
-            let _ = region.ops.invalidate(Invalidate {
-                range,
-                _op: PhantomData,
-            });
+            if entries.erase(range) != 0 {
+                let _ = region.ops.invalidate(Invalidate {
+                    range,
+                    _op: PhantomData,
+                });
+            }
         }
         true
     }
@@ -311,6 +324,36 @@ impl PinnedDrop for Region {
     }
 }
 
+/// A reference to a module: its code stays.
+///
+/// # Invariants
+///
+/// Holds a reference to the module, or the pointer is null, for what is built into the kernel.
+struct ModuleRef(*mut bindings::module);
+
+// SAFETY: Any task may give the reference up.
+unsafe impl Send for ModuleRef {}
+// SAFETY: Nothing can be done with a shared reference to this.
+unsafe impl Sync for ModuleRef {}
+
+impl ModuleRef {
+    fn new(module: &'static ThisModule) -> Result<Self> {
+        // SAFETY: The pointer is that of a module, or null, which `try_module_get()` allows.
+        if !unsafe { bindings::try_module_get(module.as_ptr()) } {
+            return Err(ENODEV);
+        }
+        // INVARIANT: `try_module_get()` has taken a reference.
+        Ok(Self(module.as_ptr()))
+    }
+}
+
+impl Drop for ModuleRef {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants; this gives the reference up.
+        unsafe { bindings::module_put(self.0) };
+    }
+}
+
 /// What a [`Mirror`] owns. Apart from it so that no driver instantiates the destructors.
 #[pin_data]
 struct Inner {
@@ -321,12 +364,17 @@ struct Inner {
     ops: Arc<dyn MirrorOps>,
     /// The memory of the device, if it has any.
     pool: Option<Arc<Pool>>,
+    /// The code of `ops`. Last: it may go as soon as this does.
+    _module: ModuleRef,
 }
 
 /// The mirror of one process's address space for one device.
 ///
 /// It may outlive the process, and it does not keep its memory: once the process is gone there is
 /// nothing to read and nothing to fault.
+///
+/// It keeps the module of its driver, whose code the notifiers call. So a driver that leaks a
+/// mirror (by a cycle of references, say) cannot be unloaded, and nothing else happens.
 ///
 /// Dropping it waits for running callbacks. Never drop it with a lock held that
 /// [`MirrorOps::invalidate`] takes, and never in it.
@@ -344,7 +392,8 @@ pub struct Miss {
 }
 
 impl Mirror {
-    /// Mirrors the address space of the current task.
+    /// Mirrors the address space of the current task. `module` is the one that has the code of
+    /// `ops`: `this_module::<crate::LocalModule>()`.
     ///
     /// # Context
     ///
@@ -352,12 +401,13 @@ impl Mirror {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the current task has no address space, [`ENOMEM`]; [`EINTR`] if a signal is
-    /// pending and nothing has subscribed to this mm before.
+    /// [`EINVAL`] if the current task has no address space, [`ENODEV`] if the module is being
+    /// unloaded, [`ENOMEM`]; [`EINTR`] if a signal is pending and nothing has subscribed to this mm
+    /// before.
     #[inline(never)]
     #[export_name = "hmm_mirror_new"]
-    pub fn new(ops: Arc<dyn MirrorOps>) -> Result<Self> {
-        Self::with(ops, None)
+    pub fn new(module: &'static ThisModule, ops: Arc<dyn MirrorOps>) -> Result<Self> {
+        Self::with(module, ops, None)
     }
 
     /// Mirrors the address space of the current task, for a device that has memory of its own.
@@ -370,13 +420,18 @@ impl Mirror {
     #[cfg(CONFIG_RUST_HMM_DEVICE)]
     #[inline]
     pub fn new_with_pool<T: PoolOps>(
+        module: &'static ThisModule,
         ops: Arc<dyn MirrorOps>,
         pool: &DevicePool<T>,
     ) -> Result<Self> {
-        mirror_new_with_pool(ops, pool.pool())
+        mirror_new_with_pool(module, ops, pool.pool())
     }
 
-    fn with(ops: Arc<dyn MirrorOps>, pool: Option<Arc<Pool>>) -> Result<Self> {
+    fn with(
+        module: &'static ThisModule,
+        ops: Arc<dyn MirrorOps>,
+        pool: Option<Arc<Pool>>,
+    ) -> Result<Self> {
         let current = kernel::current!();
         let mm = current.mm().ok_or(EINVAL)?;
 
@@ -385,6 +440,7 @@ impl Mirror {
             mm: ARef::from(&**mm),
             ops,
             pool,
+            _module: ModuleRef::new(module)?,
         });
         let this = Self {
             inner: ManuallyDrop::new(KBox::pin_init(init, GFP_KERNEL_ACCOUNT)?),
@@ -420,9 +476,9 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// Any task; sleeps for the region's lock, and holds it until `buf` or the region ends:
-    /// invalidations wait for that. The copy is not atomic: the process may write meanwhile, as it
-    /// may with any other thread.
+    /// Any task; sleeps for the region's lock, and releases it after every 16 pages: invalidations
+    /// wait for that. The copy is not atomic: the process may write meanwhile, as it may with any
+    /// other thread.
     ///
     /// # Errors
     ///
@@ -467,8 +523,9 @@ impl Mirror {
         while done < len {
             let mut at = va.wrapping_add(done);
             let region = self.region(at).ok_or(Miss { va: at, access })?;
+            let batch = len.min(done + ACCESS_BATCH);
             let entries = region.entries.read();
-            while done < len && region.range.contains(at) {
+            while done < batch && region.range.contains(at) {
                 let end = len.min(done + PAGE_SIZE - (at & !PAGE_MASK));
                 if !copy(&entries, at, done..end) {
                     return Err(Miss { va: at, access });
@@ -533,8 +590,12 @@ impl Mirror {
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 #[inline(never)]
 #[export_name = "hmm_mirror_new_with_pool"]
-fn mirror_new_with_pool(ops: Arc<dyn MirrorOps>, pool: &Arc<Pool>) -> Result<Mirror> {
-    Mirror::with(ops, Some(pool.clone()))
+fn mirror_new_with_pool(
+    module: &'static ThisModule,
+    ops: Arc<dyn MirrorOps>,
+    pool: &Arc<Pool>,
+) -> Result<Mirror> {
+    Mirror::with(module, ops, Some(pool.clone()))
 }
 
 impl Drop for Mirror {

@@ -91,6 +91,16 @@ impl Pfn {
         }
     }
 
+    /// What a device may see of the page where the VMA allows it no more than `allowed`.
+    #[inline]
+    pub(crate) const fn limit(self, allowed: Option<Access>) -> Self {
+        match allowed {
+            None => Self::ERROR,
+            Some(Access::Read) => Self(self.0 & !WRITE),
+            Some(Access::Write) => self,
+        }
+    }
+
     /// The same page, known to be in the memory of the device.
     #[inline]
     pub(crate) const fn with_device(self) -> Self {

@@ -18,7 +18,6 @@ use super::{
         MigrateReason,
         NewFolio, //
     },
-    pfn::Pfn,
     slots::{
         ChunkSlots,
         Order,
@@ -167,8 +166,12 @@ pub trait PoolOps: Send + Sync + 'static {
     /// # Errors
     ///
     /// On any, and if `batch` is not at its end, all pages stay where they were and what was copied
-    /// is thrown away; on the way home the pages are then asked for one by one. A CPU that waits
-    /// for a page which cannot be copied gets SIGBUS.
+    /// is thrown away. Pages that were to move to system memory are then asked for one by one. What
+    /// happens to a CPU that waits for one of them depends on the error:
+    ///
+    /// - [`EAGAIN`], [`EBUSY`] and [`EINTR`] ask to be called again: the CPU waits, killably, and
+    ///   faults once more.
+    /// - On all others the CPU gets SIGBUS.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
 
     /// Reads the device's memory at `address`, for [`Mirror::read`](super::Mirror::read).
@@ -527,29 +530,10 @@ impl Pool {
         pool.ops.write(address + offset, buf);
     }
 
-    /// How many of `pfns`, which `hmm_range_fault()` has reported, are pages of this pool.
-    ///
-    /// They may be stale: the pages are not looked at.
-    pub(crate) fn count(&self, pfns: &[usize]) -> usize {
-        let pfns = pfns.iter().filter_map(|raw| Pfn::from_output(*raw).pfn());
-        pfns.filter(|pfn| self.has(*pfn)).count()
-    }
-
-    /// Whether `pfn` is that of a page of this pool. It may be any number.
-    fn has(&self, pfn: usize) -> bool {
-        // SAFETY: Always safe to call.
-        let Some(pagemap) = NonNull::new(unsafe { bindings::get_dev_pagemap(pfn) }) else {
-            return false;
-        };
-        // SAFETY: There is a reference to the pagemap, and nobody writes the field.
-        let owner = unsafe { (*pagemap.as_ptr()).owner };
-        // SAFETY: This gives the reference up.
-        unsafe { bindings::put_dev_pagemap(pagemap.as_ptr()) };
-        core::ptr::eq(owner.cast(), self)
-    }
-
-    /// Takes pages for what is to come: free ones, those of a new chunk, or those that the oldest
-    /// in use leave when they are evicted. `pfns` has an element for each.
+    /// Takes `wanted` pages for what is to come: free ones, those of a new chunk, or those that the
+    /// oldest in use leave when they are evicted. `pfns` has an element for each, and for those
+    /// that [`Reservation::fill`] takes later. If none is wanted now, a chunk is added where there
+    /// is no free page.
     ///
     /// # Context
     ///
@@ -557,26 +541,32 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`] if there is not one to be had, [`EINTR`] on a fatal signal.
+    /// [`ENOMEM`] if pages are wanted and there is not one to be had, [`EINTR`] on a fatal signal.
     pub(crate) fn reserve<'a>(
         this: &'a Arc<Self>,
         pfns: &'a mut [usize],
+        wanted: usize,
     ) -> Result<Reservation<'a>> {
         /// What one task makes free another may take: this is how often that is put up with.
         const ROUNDS: usize = 16;
 
-        let wanted = pfns.len();
         let mut reservation = Reservation {
             pool: this,
             pfns,
             taken: 0,
             used: 0,
         };
+        if wanted == 0 {
+            if !this.slots.lock().can_alloc() {
+                Self::grow(this);
+            }
+            return Ok(reservation);
+        }
         for _ in 0..ROUNDS {
             if kernel::current!().fatal_signal_pending() {
                 return Err(EINTR);
             }
-            reservation.take();
+            reservation.fill(wanted);
             let missing = wanted - reservation.taken;
             if missing == 0 || !(Self::grow(this) || this.make_room(missing)) {
                 break;
@@ -621,7 +611,7 @@ impl Pool {
         // Where many pages are somebody's who does not let go, it is not worth to ask for all.
         let mut tries = wanted / migrate::BATCH + 8;
         while made < wanted && tries > 0 && !kernel::current!().fatal_signal_pending() {
-            match self.evict(migrate::GFP_TRY) {
+            match self.evict(migrate::GFP_TRY, wanted - made) {
                 Ok(Some(0)) => migrate::drain(),
                 Ok(Some(evicted)) => made += evicted,
                 // All are on their way, or there is no RAM.
@@ -634,17 +624,19 @@ impl Pool {
         made != 0
     }
 
-    /// Brings home those of the oldest pages that come, with `gfp` for what they need. Returns how
-    /// many came, or `None` if there are none in use.
+    /// Evicts those of the oldest pages that can be moved, `most` of them and no more than a batch,
+    /// to pages that are allocated with `gfp`. Returns how many have moved, or `None` if there are
+    /// none in use.
     ///
     /// The caller sees to it that the pool does not end.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`], and those of the driver, if it was that why none came.
-    fn evict(&self, gfp: bindings::gfp_t) -> Result<Option<usize>> {
+    fn evict(&self, gfp: bindings::gfp_t, most: usize) -> Result<Option<usize>> {
         let mut pfns = [0; migrate::BATCH];
-        let count = self.slots.lock().oldest(&mut pfns);
+        let pfns = &mut pfns[..most.min(migrate::BATCH)];
+        let count = self.slots.lock().oldest(pfns);
         if count == 0 {
             return Ok(None);
         }
@@ -659,7 +651,7 @@ impl Pool {
             if kernel::current!().fatal_signal_pending() {
                 return Err(EINTR);
             }
-            match self.evict(migrate::GFP_REQUEST) {
+            match self.evict(migrate::GFP_REQUEST, migrate::BATCH) {
                 Ok(None) => break,
                 Ok(Some(0)) => migrate::drain(),
                 Ok(Some(_)) => {}
@@ -722,7 +714,8 @@ impl Pool {
         loop {
             let mut result = Ok(());
             for _ in 0..=self.used_pages() / migrate::BATCH {
-                result = result.and(self.evict(migrate::GFP_MUST).map(drop));
+                let evicted = self.evict(migrate::GFP_MUST, migrate::BATCH);
+                result = result.and(evicted.map(drop));
             }
             let used = self.used_pages();
             if used == 0 {
@@ -760,10 +753,11 @@ pub(crate) struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Takes what is free, as far as there is room.
-    fn take(&mut self) {
+    /// Takes free pages until there are `wanted` that are left, as far as there are any.
+    pub(crate) fn fill(&mut self, wanted: usize) {
+        let end = self.used + wanted;
         let mut slots = self.pool.slots.lock();
-        for pfn in self.pfns.iter_mut().skip(self.taken) {
+        for pfn in self.pfns.iter_mut().take(end).skip(self.taken) {
             let Some(page) = slots.alloc(Order::PAGE) else {
                 break;
             };

@@ -4,7 +4,9 @@
 #include <linux/hmm.h>
 #include <linux/memremap.h>
 #include <linux/migrate.h>
+#include <linux/mmu_context.h>
 #include <linux/mmu_notifier.h>
+#include <linux/module.h>
 #include <linux/pagemap.h>
 #include <linux/secretmem.h>
 #include <linux/userfaultfd_k.h>
@@ -46,6 +48,13 @@ __rust_helper bool rust_helper_vma_is_secretmem(struct vm_area_struct *vma)
 	return vma_is_secretmem(vma);
 }
 
+__rust_helper bool
+rust_helper_arch_vma_access_permitted(struct vm_area_struct *vma, bool write,
+				      bool execute, bool foreign)
+{
+	return arch_vma_access_permitted(vma, write, execute, foreign);
+}
+
 __rust_helper bool rust_helper_secretmem_mapping(struct address_space *mapping)
 {
 	return secretmem_mapping(mapping);
@@ -54,6 +63,16 @@ __rust_helper bool rust_helper_secretmem_mapping(struct address_space *mapping)
 __rust_helper bool rust_helper_is_pci_p2pdma_page(const struct page *page)
 {
 	return is_pci_p2pdma_page(page);
+}
+
+__rust_helper bool rust_helper_try_module_get(struct module *module)
+{
+	return try_module_get(module);
+}
+
+__rust_helper void rust_helper_module_put(struct module *module)
+{
+	module_put(module);
 }
 
 #ifdef CONFIG_MMU_NOTIFIER
@@ -99,9 +118,19 @@ __rust_helper void rust_helper_folio_lock(struct folio *folio)
 	folio_lock(folio);
 }
 
+__rust_helper void rust_helper_folio_get(struct folio *folio)
+{
+	folio_get(folio);
+}
+
 __rust_helper void rust_helper_folio_put(struct folio *folio)
 {
 	folio_put(folio);
+}
+
+__rust_helper bool rust_helper_folio_mapped(const struct folio *folio)
+{
+	return folio_mapped(folio);
 }
 
 __rust_helper struct folio *

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
-"""Mainline's tests of HMM, tools/testing/selftests/mm/hmm-tests.c, unmodified."""
+"""Mainline's tests of HMM, tools/testing/selftests/mm/hmm-tests.c, unmodified but for those that the series adds."""
 
 import fnmatch
 import os
 import re
 
-from common import HERE, Failure, read, run, say
+from common import HERE, Failure, git, read, run, say
 
 MM = "tools/testing/selftests/mm"
 HMM_TESTS = "hmm-tests"
@@ -20,12 +20,19 @@ def build(kernels):
     return path
 
 
-def names(src):
-    """Every fixture.variant.test there is, in the order in which they run."""
-    text = read(os.path.join(src, MM, HMM_TESTS + ".c"))
+def names(src, commit=None):
+    """Every fixture.variant.test there is, in the order in which they run; or that there is in a commit."""
+    path = os.path.join(MM, HMM_TESTS + ".c")
+    text = git(src, "show", "%s:%s" % (commit, path)) if commit else read(os.path.join(src, path))
     variants = re.findall(r"^FIXTURE_VARIANT_ADD\((\w+), (\w+)\)", text, re.M)
     tests = re.findall(r"^TEST_F(?:_\w+)?\((\w+), (\w+)", text, re.M)
     return ["%s.%s.%s" % (f, v, t) for f, v in variants for fixture, t in tests if fixture == f]
+
+
+def added(src):
+    """Those that the series adds for what it fixes in mm, of the variant that needs no memory set aside."""
+    before = names(src, "base")
+    return [t for t in names(src) if t not in before and "_private." in t]
 
 
 def listed(path, tests):

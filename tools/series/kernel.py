@@ -162,11 +162,11 @@ class Kernels:
     def modules(self, kernel):
         return glob.glob(self.dir(kernel) + "/drivers/gpu/dummy/*.ko")
 
-    def static(self, name):
+    def static(self, name, *options):
         """A static program of the harness's own, such as init, which is PID 1."""
         path, source = os.path.join(self.dir("init"), name), "%s/%s.c" % (HERE, name)
         if not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(source):
-            run([self.tc.cc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", path + ".new", source],
+            run([self.tc.cc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", *options, "-o", path + ".new", source],
                 "build-init", what="the build of " + name)
             os.replace(path + ".new", path)
         return path

@@ -135,6 +135,11 @@ PACKAGES = {
     "x86": (
         ("qemu-system-x86", tool("qemu-system-x86_64")),
     ),
+    "mm": (     # static libraries that mainline's mm tests are linked with
+        ("libnuma-dev", lambda: compiles("#include <numa.h>\nint main(void) { return numa_available(); }\n",
+                                         "-static", "-lnuma")),
+        ("liburing-dev", header("liburing.h")),
+    ),
     "tree": (
         ("git", tool("git")), ("xz-utils", tool("xz")),
     ),

@@ -10,6 +10,7 @@ import time
 
 import debug
 import hmmtests
+import mmtests
 from common import HERE, Failure, logfile, read, say, write
 from hmmtests import HMM_TESTS
 from kernel import DEMO
@@ -56,7 +57,7 @@ def accelerator(kernels, kernel):
     return TCG
 
 
-def qemu(kernels, accel, kernel, root, consoles, words):
+def qemu(kernels, accel, kernel, root, consoles, words, cpus=2):
     """The command that boots a kernel: its files come by 9p, its output goes to two consoles."""
     append = ["root=root", "rootfstype=9p", "rootflags=trans=virtio,version=9p2000.L,msize=512000", "rw",
               "init=/init", "console=ttyS0", "panic=-1", "tsc=reliable",
@@ -64,7 +65,7 @@ def qemu(kernels, accel, kernel, root, consoles, words):
               "sysctl.vm.percpu_pagelist_high_fraction=100000"]
     # The interrupts of "pc" are found by a program of its firmware, which is too slow under KASAN for ACPI.
     line = ["qemu-system-x86_64", "-machine", "q35"] + accel + [
-        "-smp", "2", "-m", "4G", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-smp", str(cpus), "-m", "4G", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-serial", "stdio", "-kernel", os.path.join(kernels.dir(kernel), "arch/x86/boot/bzImage"),
         "-append", " ".join(append + list(words))]
     for tag, path, more in (("root", root, ""), ("host", "/", ",readonly=on")):
@@ -78,13 +79,13 @@ def qemu(kernels, accel, kernel, root, consoles, words):
     return line
 
 
-def boot(kernels, kernel, path, name, args=(), driver=OURS, extra=("kunit.enable=0",), **kw):
-    """A program in that kernel with that driver loaded. Returns its status. Two CPUs are asserted."""
+def boot(kernels, kernel, path, name, args=(), driver=OURS, extra=("kunit.enable=0",), accel=None, cpus=2, **kw):
+    """A program in that kernel with that driver loaded. Returns its status. The CPUs are asserted."""
     modules = [module(kernels, kernel, driver)] if driver else []
-    machine = functools.partial(qemu, kernels, accelerator(kernels, kernel))
+    machine = functools.partial(qemu, kernels, accel or accelerator(kernels, kernel), cpus=cpus)
     status = kernels.boot(path, args, kernel=kernel, machine=machine, modules=modules, extra=extra, name=name, **kw)
-    if "smp: Brought up 1 node, 2 CPUs" not in read(logfile(name)):
-        raise Failure("it ran on one CPU", logfile(name), 125)
+    if not re.search(r"smp: Brought up 1 node, %d CPUs?$" % cpus, read(logfile(name)), re.M):
+        raise Failure("it did not run on %d CPUs" % cpus, logfile(name), 125)
     return status
 
 
@@ -222,6 +223,9 @@ def upstream(tally, kernels, kernel, tests):
     for test in everything if ours.results else ():
         if test not in later:
             tally.add("%s%s:%s" % (prefix(), HMM_TESTS, test), ours.results.get(test, "NO RESULT"))
+    # What the series fixes in mm has to be fixed for the driver in C too.
+    for test in hmmtests.added(kernels.src):
+        tally.add("%s%s:%s" % (prefix(), MAINLINE, test), mainline.results.get(test, "NO RESULT"))
     for name in ours.results.keys() - set(everything):
         tally.add("%s%s:%s" % (prefix(), HMM_TESTS, name), ours.results[name])
 
@@ -238,6 +242,14 @@ def kunit(tally, kernels, kernel):
     say("    %d results" % len(results))
 
 
+def mm_boot(kernels, kernel, program, args, log, f):
+    """A boot for mainline's mm tests: two nodes, for those that move pages from one to the other."""
+    status = boot(kernels, kernel, program, log, args, out=f, err=f, extra=("kunit.enable=0", "numa=fake=2"),
+                  timeout=mmtests.TIMEOUT)
+    quiet(logfile(log))
+    return status
+
+
 def x86(tally, kernels):
     kernel = directory = None
     with tally.test("x86: the kernel builds"):
@@ -251,6 +263,7 @@ def x86(tally, kernels):
     if not directory:
         return
     upstream(tally, kernels, kernel, tests)
+    mmtests.mm_tests(tally, kernels, "x86", functools.partial(mm_boot, kernels, kernel))
     for name in names:
         kernels.selftest(
             tally, "x86", name, prefix=prefix(), look=quiet,

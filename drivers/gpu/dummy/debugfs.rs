@@ -7,12 +7,10 @@
 //! A line each: the name that the counter has in `struct dummy_gpu_stats`, and its value. Reads
 //! counters, and nothing else.
 
-use super::{
-    counters::{
-        Counters,
-        NAMES, //
-    },
-    svm::Svm, //
+use super::counters::{
+    Account,
+    Counters,
+    NAMES, //
 };
 use kernel::{
     debugfs::{
@@ -81,9 +79,9 @@ impl InstanceDir {
     pub(crate) fn file<'a>(
         &'a self,
         name: &'a CStr,
-        svm: Arc<Svm>,
-    ) -> impl PinInit<File<Arc<Svm>>> + 'a {
+        account: Arc<Account>,
+    ) -> impl PinInit<File<Arc<Account>>> + 'a {
         self.files
-            .read_callback_file(name, svm, &|svm, f| show(svm.account().counters(), f))
+            .read_callback_file(name, account, &|account, f| show(account.counters(), f))
     }
 }

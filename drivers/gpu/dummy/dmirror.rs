@@ -5,10 +5,10 @@
 //!
 //! `/dev/hmm_dmirrorN` is another node of instance N. Reads and checks what user space passes, and
 //! calls [`Svm`], as `uapi` does for the GPU's own node; there is no way into `hmm` but that. What
-//! differs from the test driver: only the process that opened a node may use it; what is read and
-//! written moves to the GPU's memory first, as for any command of the GPU, and stays there when the
-//! node is closed; nothing migrates of a range of which a part cannot be read, as far as a look
-//! without a fault tells.
+//! differs from the test driver: only the process that opened a node may use it; pages that have
+//! migrated stay in the GPU's memory when the node is closed; nothing migrates of a range of which a
+//! part cannot be read, as far as a look without a fault tells. As with the test driver, READ and
+//! WRITE leave pages where they are.
 //!
 //! C header: [`lib/test_hmm_uapi.h`](srctree/lib/test_hmm_uapi.h)
 
@@ -19,6 +19,7 @@ use super::{
         OpenFile, //
     },
     mmu::TABLE_SIZE,
+    policy::Policy,
     svm::{
         Patience,
         Place,
@@ -138,13 +139,13 @@ impl MiscDevice for Dmirror {
     type RegistrationData = Arc<Gpu>;
 
     fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
-        let file = OpenFile::new(&misc.data())?;
+        let file = OpenFile::new(&misc.data(), Policy::None)?;
 
         Ok(KBox::new(Self(file), GFP_KERNEL_ACCOUNT)?)
     }
 
     fn ioctl(this: &Self, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
-        ioctl(this.0.svm(), cmd, arg)
+        ioctl(&*this.0.svm()?, cmd, arg)
     }
 
     fn mmap(_this: &Self, _file: &File, vma: &VmaNew) -> Result {
@@ -171,12 +172,11 @@ struct Done {
     faults: u64,
 }
 
-/// Handles an ioctl on a node whose file opened `svm`.
+/// Handles an ioctl on a node whose file is bound to `svm`, in which the current task runs.
 ///
 /// # Errors
 ///
-/// - [`EPERM`] if the task runs in another address space than the one that opened the node, or
-///   for what the process may not write.
+/// - [`EPERM`] for what the process may not write.
 /// - [`EFAULT`] if user memory cannot be accessed, or there is none that may be read.
 /// - [`EINVAL`] for a command or a flag that is not known, for a range that is empty, not aligned
 ///   or wraps, and, for one that migrates, if not all of it is memory that may be read.
@@ -188,9 +188,6 @@ struct Done {
 /// - [`EBUSY`] if the pages were taken away again and again.
 /// - [`ENOMEM`].
 fn ioctl(svm: &Svm, cmd: u32, arg: usize) -> Result<isize> {
-    if !svm.is_current() {
-        return Err(EPERM);
-    }
     let user = UserSlice::new(UserPtr::from_addr(arg), WORDS * WORD);
     let (mut reader, mut writer) = user.reader_writer();
     let mut words: [u64; WORDS] = reader.read()?;
@@ -231,12 +228,12 @@ fn range(addr: u64, npages: u64) -> Result<PageRange> {
     PageRange::from_len(start, pages.checked_mul(PAGE_SIZE).ok_or(EINVAL)?)
 }
 
-/// Room for the bytes of `range`.
+/// Room for the bytes of `range`. Nothing is in it yet.
 fn bounce(range: PageRange) -> Result<KVVec<u8>> {
     if range.len() > MAX_BYTES {
         return Err(ENOMEM);
     }
-    Ok(KVVec::from_elem(0, range.len(), GFP_KERNEL_ACCOUNT)?)
+    Ok(KVVec::with_capacity(range.len(), GFP_KERNEL_ACCOUNT)?)
 }
 
 /// Each page of `range`, with the part of `bytes` that is its.
@@ -262,12 +259,7 @@ fn access(
     for (va, page) in pages(range, bytes) {
         while access_page(va, page).is_err() {
             patience.fault(done.pages as u64, Instant::now())?;
-            // What comes last must not evict what comes first.
-            let end = match svm.vram_size() / 2 {
-                0 => range.end(),
-                most => range.end().min(va.saturating_add(most)),
-            };
-            let next = PageRange::new(va, end)?;
+            let next = PageRange::new(va, range.end())?;
             match svm.fault_in(next, access, &mut window) {
                 // When that is final, patience says.
                 Err(err) if err == EBUSY => {}
@@ -282,6 +274,7 @@ fn access(
 
 fn read(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     let mut bytes = bounce(range)?;
+    bytes.resize(range.len(), 0, GFP_KERNEL_ACCOUNT)?;
     let done = access(svm, range, &mut bytes, Access::Read, |va, page| {
         (&mut &*svm).read(va, page)
     })?;
@@ -294,9 +287,7 @@ fn read(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
 
 fn write(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     let mut bytes = bounce(range)?;
-    UserSlice::new(ptr, bytes.len())
-        .reader()
-        .read_slice(&mut bytes)?;
+    UserSlice::new(ptr, range.len()).read_all(&mut bytes, GFP_KERNEL_ACCOUNT)?;
 
     access(svm, range, &mut bytes, Access::Write, |va, page| {
         (&mut &*svm).write(va, page)
@@ -305,6 +296,7 @@ fn write(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
 
 /// Reads `range` as it is mapped for the GPU, and gives `bytes` to the user if all of it is.
 fn read_back(svm: &Svm, range: PageRange, mut bytes: KVVec<u8>, ptr: UserPtr) -> Result<Done> {
+    bytes.resize(range.len(), 0, GFP_KERNEL_ACCOUNT)?;
     for (va, page) in pages(range, &mut bytes) {
         (&mut &*svm).read(va, page).map_err(|_| ENOENT)?;
     }

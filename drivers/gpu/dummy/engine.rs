@@ -305,8 +305,16 @@ fn add(bytes: &mut [u8], other: &[u8]) {
     }
 }
 
+/// Xors `other` to `bytes`: the `u64`s that they have, and the bytes that are left.
 fn xor(bytes: &mut [u8], other: &[u8]) {
-    for (byte, other) in bytes.iter_mut().zip(other) {
+    let mut chunks = bytes.chunks_exact_mut(size_of::<u64>());
+    let rest = other.chunks_exact(size_of::<u64>()).remainder();
+
+    for (bytes, other) in chunks.by_ref().zip(words(other)) {
+        let xor = words(bytes).fold(other, |xor, word| xor ^ word);
+        bytes.copy_from_slice(&xor.to_ne_bytes());
+    }
+    for (byte, other) in chunks.into_remainder().iter_mut().zip(rest) {
         *byte ^= other;
     }
 }

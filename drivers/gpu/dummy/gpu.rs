@@ -12,6 +12,7 @@ use super::{
         Counters, //
     },
     debugfs::InstanceDir,
+    policy::Policy,
     svm::Svm,
     uapi,
     vram::Vram, //
@@ -25,8 +26,14 @@ use kernel::{
         MiscDeviceOptions,
         MiscDeviceRegistration, //
     },
+    mm::Mm,
+    new_mutex,
     prelude::*,
-    sync::Arc, //
+    sync::{
+        aref::ARef,
+        Arc,
+        Mutex, //
+    }, //
 };
 
 /// What the open files of an instance share.
@@ -94,34 +101,71 @@ impl Instance {
 /// An open file: the address space of the process that opened it, for the GPU.
 #[pin_data]
 pub(crate) struct OpenFile {
-    svm: Arc<Svm>,
+    gpu: Arc<Gpu>,
+    account: Arc<Account>,
+    /// The policy that all addresses have at first.
+    policy: Policy,
+    /// The address space of the task that opened the file.
+    mm: ARef<Mm>,
+    /// The same as the GPU sees it, from the first ioctl on.
     #[pin]
-    _stats: debugfs::File<Arc<Svm>>,
+    svm: Mutex<Option<Arc<Svm>>>,
+    #[pin]
+    _stats: debugfs::File<Arc<Account>>,
 }
 
 impl OpenFile {
-    /// Opens the address space of the current task to `gpu`.
+    /// Binds a file to the address space of the current task, all addresses of which have `policy`.
     ///
     /// # Errors
     ///
-    /// As for [`Svm::new`].
-    pub(crate) fn new(gpu: &Gpu) -> Result<Pin<KBox<Self>>> {
+    /// [`EINVAL`] if the task has none, [`ENOMEM`].
+    pub(crate) fn new(gpu: &Arc<Gpu>, policy: Policy) -> Result<Pin<KBox<Self>>> {
+        let mm = ARef::from(&**current!().mm().ok_or(EINVAL)?);
         let account = Arc::new(Account::new(gpu.counters.clone()), GFP_KERNEL_ACCOUNT)?;
-        let svm = Svm::new(account, gpu.vram.clone())?;
         let name = gpu.dir.name_file()?;
 
         KBox::try_pin_init(
             try_pin_init!(Self {
-                _stats <- gpu.dir.file(&name, svm.clone()),
-                svm,
+                _stats <- gpu.dir.file(&name, account.clone()),
+                gpu: gpu.clone(),
+                account,
+                policy,
+                mm,
+                svm <- new_mutex!(None, "dummy_gpu::svm"),
             }),
             GFP_KERNEL_ACCOUNT,
         )
     }
 
-    /// The address space.
-    pub(crate) fn svm(&self) -> &Arc<Svm> {
-        &self.svm
+    /// The address space that the file is bound to, if the current task runs in it.
+    ///
+    /// The first call mirrors the address space. open() does not, because `misc_open()` calls it
+    /// with `misc_mtx` held, which every open() of a misc device takes: a process that keeps its
+    /// `mmap_lock` busy would hold up all of them.
+    ///
+    /// # Errors
+    ///
+    /// - [`EPERM`] if the task runs in another address space.
+    /// - [`ERESTARTNOINTR`] if a signal is pending during the first call.
+    /// - [`ENOMEM`].
+    pub(crate) fn svm(&self) -> Result<Arc<Svm>> {
+        let mut svm = self.svm.lock();
+
+        if let Some(svm) = &*svm {
+            return svm.is_current().then(|| svm.clone()).ok_or(EPERM);
+        }
+        let current = current!();
+        let mm = current.mm().ok_or(EPERM)?;
+        if !core::ptr::eq::<Mm>(&**mm, &*self.mm) {
+            return Err(EPERM);
+        }
+        let new = match Svm::new(self.account.clone(), self.gpu.vram.clone(), self.policy) {
+            // Nothing was done. The signal is handled, and the ioctl starts again.
+            Err(EINTR) => return Err(ERESTARTNOINTR),
+            result => result?,
+        };
+        Ok(svm.insert(new).clone())
     }
 }
 
@@ -131,10 +175,14 @@ impl MiscDevice for OpenFile {
     type RegistrationData = Arc<Gpu>;
 
     fn open(_file: &File, misc: &MiscDeviceRegistration<Self>) -> Result<Self::Ptr> {
-        Self::new(&misc.data())
+        Self::new(&misc.data(), Policy::Device)
     }
 
     fn ioctl(this: Pin<&Self>, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
-        uapi::ioctl(this.get_ref().svm(), cmd, arg)
+        let handler = uapi::handler(cmd)?;
+
+        // The addresses in the structure, and the one that it is at, are of the process that opened
+        // the file.
+        handler(&this.svm()?, UserPtr::from_addr(arg)).map(|()| 0)
     }
 }

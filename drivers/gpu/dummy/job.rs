@@ -104,6 +104,9 @@ impl WorkItem for Job {
 impl Job {
     /// Runs the work item and waits until it says why it returned.
     ///
+    /// While the task is frozen the GPU does nothing for it: the work item returns at the end of
+    /// its slice, and only the task can enqueue it again.
+    ///
     /// # Errors
     ///
     /// [`EINTR`] on a fatal signal. Then the work item may still run.
@@ -118,7 +121,7 @@ impl Job {
             if let Some(stop) = stopped.take() {
                 return Ok(stop);
             }
-            if self.returned.wait_killable(&mut stopped) {
+            if self.returned.wait_killable_freezable(&mut stopped) {
                 return Err(EINTR);
             }
         }
@@ -155,8 +158,8 @@ impl Job {
 ///
 /// # Context
 ///
-/// A task that runs in the address space `svm` and holds no locks. Waits killably; once killed, for
-/// no longer than a page of work takes.
+/// A task that runs in the address space `svm` and holds no locks. The wait can be killed and
+/// frozen; once killed, the task waits for no longer than a page of work takes.
 ///
 /// # Errors
 ///

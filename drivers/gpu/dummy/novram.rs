@@ -14,6 +14,12 @@ use kernel::{
     sync::Arc, //
 };
 
+/// Stands in for `hmm::Holes`.
+pub(crate) enum Holes {
+    Keep,
+    Populate,
+}
+
 /// Nothing is moved.
 pub(crate) struct MoveBuf;
 
@@ -60,6 +66,7 @@ impl Vram {
         &self,
         _mirror: &Mirror,
         _range: PageRange,
+        _holes: Holes,
         _buf: &mut MoveBuf,
         _account: &Arc<Account>,
     ) -> Result<Migrated> {

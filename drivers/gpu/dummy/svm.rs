@@ -31,6 +31,7 @@ use super::{
         Policy, //
     },
     vram::{
+        Holes,
         MoveBuf,
         Vram, //
     }, //
@@ -51,6 +52,7 @@ use hmm::{
     Ram, //
 };
 use kernel::{
+    module::this_module,
     new_mutex,
     new_spinlock,
     prelude::*,
@@ -171,12 +173,16 @@ pub(crate) struct Svm {
 }
 
 impl Svm {
-    /// Opens the address space of the current task to the GPU.
+    /// Opens the address space of the current task to the GPU. All addresses have `policy` at first.
     ///
     /// # Errors
     ///
     /// [`EINVAL`] if the task has none, [`EINTR`] if a signal is pending, [`ENOMEM`].
-    pub(crate) fn new(account: Arc<Account>, vram: Option<Arc<Vram>>) -> Result<Arc<Self>> {
+    pub(crate) fn new(
+        account: Arc<Account>,
+        vram: Option<Arc<Vram>>,
+        policy: Policy,
+    ) -> Result<Arc<Self>> {
         let translations = Arc::pin_init(
             pin_init!(Translations {
                 mmu <- new_spinlock!(Mmu::new(), "dummy_gpu::mmu"),
@@ -187,14 +193,16 @@ impl Svm {
 
         let mirror = match &vram {
             Some(vram) => vram.mirror(translations.clone())?,
-            None => Mirror::new(translations.clone())?,
+            None => Mirror::new(this_module::<crate::LocalModule>(), translations.clone())?,
         };
+        let mut policies = Policies::new();
+        policies.set(PageRange::new(0, mirror.task_size())?, policy)?;
         Arc::pin_init(
             pin_init!(Self {
                 mirror,
                 translations,
                 vram,
-                policies <- new_mutex!(Policies::new(), "dummy_gpu::policies"),
+                policies <- new_mutex!(policies, "dummy_gpu::policies"),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -255,7 +263,13 @@ impl Svm {
         while let Ok(rest) = PageRange::new(range.start() + so_far.done, range.end()) {
             let moved = match place {
                 _ if current!().signal_pending() => Err(EINTR),
-                Place::Device => vram.take(&self.mirror, rest, &mut buf, self.account()),
+                Place::Device => vram.take(
+                    &self.mirror,
+                    rest,
+                    Holes::Populate,
+                    &mut buf,
+                    self.account(),
+                ),
                 Place::System => vram.give(&self.mirror, rest, &mut buf),
             };
             match moved {
@@ -275,12 +289,16 @@ impl Svm {
     /// Moves the start of `need` to where its policy says, if it can be moved. Returns how far that
     /// goes, and the policy with the range around it that has the same.
     ///
+    /// Pages that the process has not touched yet are populated for a write only: a read gets the
+    /// shared page of zeroes, as a read by the CPU does.
+    ///
     /// # Errors
     ///
     /// [`EINTR`] on a fatal signal.
     fn place(
         &self,
         need: PageRange,
+        access: Access,
         buf: &mut MoveBuf,
     ) -> Result<(PageRange, (PageRange, Policy))> {
         let (like, policy) = self.policies.lock().at(need.start()).map_err(|_| EFAULT)?;
@@ -294,7 +312,12 @@ impl Svm {
             Policy::System => (need, vram.give(&self.mirror, need, buf)),
             Policy::Device => {
                 let need = vram.share(need)?;
-                (need, vram.take(&self.mirror, need, buf, self.account()))
+                let holes = match access {
+                    Access::Read => Holes::Keep,
+                    Access::Write => Holes::Populate,
+                };
+                let moved = vram.take(&self.mirror, need, holes, buf, self.account());
+                (need, moved)
             }
         };
         match moved {
@@ -327,7 +350,7 @@ impl Svm {
 
         // Only the last page of all can make this fail, which is not the process's.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
-        let (need, like) = self.place(need, &mut window.moves)?;
+        let (need, like) = self.place(need, fault.access, &mut window.moves)?;
         let request = FaultRequest::new(need, fault.access);
         let spare = SpareTable::new()?;
         let result = self.mirror.fault(request, &mut window.faults, |commit| {

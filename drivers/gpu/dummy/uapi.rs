@@ -140,26 +140,31 @@ impl<const N: usize> Extensible<N> {
     }
 }
 
-/// Handles an ioctl on a file that opened `svm`.
+/// Handles an ioctl for the address space that a file is bound to. The structure is at the address.
+///
+/// # Context
+///
+/// The current task runs in that address space.
 ///
 /// # Errors
 ///
 /// Those of the uAPI: see the header.
-pub(crate) fn ioctl(svm: &Arc<Svm>, cmd: u32, arg: usize) -> Result<isize> {
-    let handler = match cmd {
-        INFO => info,
-        SUBMIT => submit,
-        STATS => stats,
-        PREFETCH => prefetch,
-        ADVISE => advise,
-        _ => return Err(ENOTTY),
-    };
+pub(crate) type Handler = fn(&Arc<Svm>, UserPtr) -> Result;
 
-    // The addresses in there, and the one that it is at, are of the process that opened the file.
-    if !svm.is_current() {
-        return Err(EPERM);
+/// The handler of an ioctl.
+///
+/// # Errors
+///
+/// [`ENOTTY`] if there is none.
+pub(crate) fn handler(cmd: u32) -> Result<Handler> {
+    match cmd {
+        INFO => Ok(info),
+        SUBMIT => Ok(submit),
+        STATS => Ok(stats),
+        PREFETCH => Ok(prefetch),
+        ADVISE => Ok(advise),
+        _ => Err(ENOTTY),
     }
-    handler(svm, UserPtr::from_addr(arg)).map(|()| 0)
 }
 
 fn info(svm: &Arc<Svm>, arg: UserPtr) -> Result {

@@ -2,21 +2,23 @@
 
 //! The GPU's own memory, and its copy engine.
 //!
-//! A plain array, which takes RAM of the machine from the start: as that of a real device it is
-//! there whether it is used or not. It is made of words that anyone may read and write at any time;
-//! who may access which page, and when, is for `hmm` to say. What is kept with each page that is in
-//! use is the account that it counts for.
+//! The memory takes RAM of the machine from the start: like that of a real device it is there
+//! whether it is used or not. It is divided into blocks of bytes, each of which has a spinlock.
+//! Several device threads may access a page at the same time; an access of up to a page is atomic
+//! with regard to the others. A real GPU guarantees less: that an aligned word is not torn, and
+//! that a write changes no byte around it. `hmm` decides who may access which page, and when. The
+//! account that a page counts for is kept with each page that is in use.
 
 use super::counters::{
     Account,
     Counter, //
 };
 use core::ops::Range;
+pub(crate) use hmm::Holes;
 use hmm::{
     CopyBatch,
     CopyOp,
     DevicePool,
-    DeviceRange,
     MigrateBuf,
     MigrateReason,
     Migrated,
@@ -26,34 +28,40 @@ use hmm::{
     PoolOps, //
 };
 use kernel::{
+    module::this_module,
+    new_spinlock,
     page::PAGE_SIZE,
     prelude::*,
-    sizes::SZ_1G,
+    sizes::{
+        SZ_1G,
+        SZ_64K, //
+    },
     sync::{
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
         Arc,
-        ArcBorrow, //
+        ArcBorrow,
+        SpinLock, //
     }, //
 };
-
-const WORD: usize = size_of::<u64>();
 
 /// The steps in which the GPU's memory gets struct pages: 4 MiB where pages have 4 KiB.
 const CHUNK_PAGES: usize = 1024;
 const CHUNK: usize = CHUNK_PAGES * PAGE_SIZE;
 
-/// The array is one allocation.
+/// RAM of the machine that is never given back.
 const MAX_SIZE: usize = SZ_1G;
+
+/// The bytes that one lock protects. Few locks for much memory; and one is held for a page at most.
+const BLOCK_SIZE: usize = SZ_64K;
+
+// No page lies in two blocks.
+static_assert!(BLOCK_SIZE % PAGE_SIZE == 0);
 
 /// What it takes to move pages, one window after the other.
 pub(crate) type MoveBuf = MigrateBuf;
 
 /// The memory of an instance: a place for pages. When it is dropped they are brought home.
 pub(crate) struct Vram {
-    pool: DevicePool<Words>,
+    pool: DevicePool<VramBuf>,
     size: usize,
 }
 
@@ -69,10 +77,10 @@ impl Vram {
         }
         let chunks = size.div_ceil(CHUNK);
         let size = chunks * CHUNK;
-        let words = Arc::new(Words::new(size)?, GFP_KERNEL)?;
+        let buf = Arc::new(VramBuf::new(size)?, GFP_KERNEL)?;
 
         Ok(Self {
-            pool: DevicePool::new(name, words, CHUNK_PAGES, chunks)?,
+            pool: DevicePool::new(name, buf, CHUNK_PAGES, chunks)?,
             size,
         })
     }
@@ -84,7 +92,7 @@ impl Vram {
 
     /// Mirrors the address space of the current task.
     pub(crate) fn mirror(&self, ops: Arc<dyn MirrorOps>) -> Result<Mirror> {
-        Mirror::new_with_pool(ops, &self.pool)
+        Mirror::new_with_pool(this_module::<crate::LocalModule>(), ops, &self.pool)
     }
 
     /// The start of `range`, as much of it as should be moved here at once: more than one operand
@@ -93,7 +101,8 @@ impl Vram {
         PageRange::from_len(range.start(), range.len().min(self.size / 8))
     }
 
-    /// Moves the pages of `range` that can be moved here, on `account`.
+    /// Moves the pages of `range` that can be moved here, on `account`. `holes` says what happens to
+    /// pages that the process has not touched yet.
     ///
     /// # Errors
     ///
@@ -102,10 +111,11 @@ impl Vram {
         &self,
         mirror: &Mirror,
         range: PageRange,
+        holes: Holes,
         buf: &mut MoveBuf,
         account: &Arc<Account>,
     ) -> Result<Migrated> {
-        let moved = mirror.migrate_to_device(&self.pool, range, buf, || {
+        let moved = mirror.migrate_to_device(&self.pool, range, holes, buf, || {
             if account.fails() {
                 return Err(ENOMEM);
             }
@@ -143,69 +153,76 @@ impl Vram {
     }
 }
 
-/// The array that the memory is made of.
-struct Words(KVVec<Atomic<u64>>);
+/// The memory, as bytes.
+///
+/// Lock order: the lock of a block is the innermost of all. No other is taken under it, and nothing
+/// is allocated.
+struct VramBuf(KVVec<Pin<KBox<SpinLock<KVVec<u8>>>>>);
 
-impl Words {
+impl VramBuf {
+    /// Allocates `size` bytes, which are zero. Only the last block may be smaller than the others.
     fn new(size: usize) -> Result<Self> {
-        let mut words = KVVec::with_capacity(size / WORD, GFP_KERNEL)?;
+        let mut blocks = KVVec::with_capacity(size.div_ceil(BLOCK_SIZE), GFP_KERNEL)?;
 
-        for _ in 0..size / WORD {
-            words.push(Atomic::new(0), GFP_KERNEL)?;
+        for start in (0..size).step_by(BLOCK_SIZE) {
+            let bytes = KVVec::zeroed(BLOCK_SIZE.min(size - start), GFP_KERNEL)?;
+            let block = KBox::pin_init(new_spinlock!(bytes, "dummy_gpu::vram"), GFP_KERNEL)?;
+            blocks.push(block, GFP_KERNEL)?;
         }
-        Ok(Self(words))
+        Ok(Self(blocks))
     }
 
-    /// The words of `range`.
-    fn words(&self, range: DeviceRange) -> Result<&[Atomic<u64>]> {
-        let first = range.start() / WORD;
-
-        self.0.get(first..first + range.len() / WORD).ok_or(EIO)
-    }
-
-    /// Calls `f` with each word that has bytes from `address` on, the first of these bytes in the
-    /// word, and the part of the `len` bytes that they are.
-    fn each(
+    /// Calls `access` for each page that has some of the `len` bytes at `address`, with these bytes
+    /// and their place among the `len` bytes. The block is locked meanwhile: `access` copies, and
+    /// does nothing else.
+    ///
+    /// # Errors
+    ///
+    /// [`EIO`] if the memory ends before the `len` bytes do. What it has of them was accessed.
+    fn for_each_page(
         &self,
         address: usize,
         len: usize,
-        mut f: impl FnMut(&Atomic<u64>, usize, Range<usize>),
-    ) {
+        mut access: impl FnMut(&mut [u8], Range<usize>),
+    ) -> Result {
         let mut done = 0;
 
         while done < len {
             let at = address + done;
-            let end = len.min(done + WORD - at % WORD);
-            if let Some(word) = self.0.get(at / WORD) {
-                f(word, at % WORD, done..end);
+            let mut block = self.0.get(at / BLOCK_SIZE).ok_or(EIO)?.lock();
+            let rest = block.get_mut(at % BLOCK_SIZE..).ok_or(EIO)?;
+            let page_rest = PAGE_SIZE - at % PAGE_SIZE;
+            let count = (len - done).min(page_rest).min(rest.len());
+            if count == 0 {
+                return Err(EIO);
             }
-            done = end;
+            access(&mut rest[..count], done..done + count);
+            done += count;
         }
+        Ok(())
     }
 }
 
-impl PoolOps for Words {
+impl PoolOps for VramBuf {
     type PageData = Arc<Account>;
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         for op in batch {
             match op {
                 CopyOp::ToDevice { from, to } => {
-                    for (word, bytes) in self.words(to)?.iter().zip(from.chunks_exact(WORD)) {
-                        let mut value = [0; WORD];
-                        value.copy_from_slice(bytes);
-                        word.store(u64::from_ne_bytes(value), Relaxed);
-                    }
+                    self.for_each_page(to.start(), from.len(), |bytes, part| {
+                        bytes.copy_from_slice(&from[part])
+                    })?
                 }
-                CopyOp::ToRam { from, to } => {
-                    for (word, bytes) in self.words(from)?.iter().zip(to.chunks_exact_mut(WORD)) {
-                        bytes.copy_from_slice(&word.load(Relaxed).to_ne_bytes());
-                    }
+                CopyOp::ToRam { from, mut to } => {
+                    let mut written = Ok(());
+                    self.for_each_page(from.start(), from.len(), |bytes, _| {
+                        written = written.and_then(|()| to.write(bytes));
+                    })?;
+                    written?;
                 }
                 CopyOp::Zero { to } => {
-                    for word in self.words(to)? {
-                        word.store(0, Relaxed);
-                    }
+                    self.for_each_page(to.start(), to.len(), |bytes, _| bytes.fill(0))?
                 }
             }
         }
@@ -213,27 +230,16 @@ impl PoolOps for Words {
     }
 
     fn read(&self, address: usize, buf: &mut [u8]) {
-        self.each(address, buf.len(), |word, first, part| {
-            let value = word.load(Relaxed).to_ne_bytes();
-            for (to, from) in buf[part].iter_mut().zip(&value[first..]) {
-                *to = *from;
-            }
+        // The core reads pages of the memory only.
+        let _ = self.for_each_page(address, buf.len(), |bytes, part| {
+            buf[part].copy_from_slice(bytes)
         });
     }
 
     fn write(&self, address: usize, buf: &[u8]) {
-        self.each(address, buf.len(), |word, first, part| {
-            let bytes = &buf[part];
-            let mut old = word.load(Relaxed);
-            loop {
-                let mut value = old.to_ne_bytes();
-                value[first..first + bytes.len()].copy_from_slice(bytes);
-                // The other bytes of the word may be written meanwhile.
-                match word.cmpxchg(old, u64::from_ne_bytes(value), Relaxed) {
-                    Ok(_) => break,
-                    Err(now) => old = now,
-                }
-            }
+        // As in `read()`.
+        let _ = self.for_each_page(address, buf.len(), |bytes, part| {
+            bytes.copy_from_slice(&buf[part])
         });
     }
 
@@ -255,13 +261,21 @@ impl PoolOps for Words {
 #[kunit_tests(dummy_gpu_vram)]
 mod tests {
     use super::*;
+    use kernel::workqueue::{
+        self,
+        impl_has_work,
+        new_work,
+        Work,
+        WorkItem, //
+    };
 
+    const WORD: usize = size_of::<u64>();
     const SIZE: usize = 4 * WORD;
 
     /// All bytes of the memory.
-    fn bytes(words: &Words) -> [u8; SIZE] {
+    fn bytes(buf: &VramBuf) -> [u8; SIZE] {
         let mut bytes = [0xff; SIZE];
-        words.read(0, &mut bytes);
+        buf.read(0, &mut bytes);
         bytes
     }
 
@@ -274,9 +288,9 @@ mod tests {
 
     #[test]
     fn new_memory_is_zero() -> Result {
-        let words = Words::new(SIZE)?;
+        let buf = VramBuf::new(SIZE)?;
 
-        assert_eq!(bytes(&words), [0; SIZE]);
+        assert_eq!(bytes(&buf), [0; SIZE]);
         Ok(())
     }
 
@@ -284,14 +298,14 @@ mod tests {
     fn any_bytes_can_be_written_and_no_others_change() -> Result {
         for first in 0..SIZE {
             for end in first..=SIZE {
-                let words = Words::new(SIZE)?;
+                let buf = VramBuf::new(SIZE)?;
                 let mut expected = [0x11; SIZE];
-                words.write(0, &expected);
+                buf.write(0, &expected);
 
                 let value = [0x22; SIZE];
-                words.write(first, &value[first..end]);
+                buf.write(first, &value[first..end]);
                 expected[first..end].fill(0x22);
-                assert_eq!(bytes(&words), expected);
+                assert_eq!(bytes(&buf), expected);
             }
         }
         Ok(())
@@ -299,14 +313,14 @@ mod tests {
 
     #[test]
     fn any_bytes_can_be_read() -> Result {
-        let words = Words::new(SIZE)?;
+        let buf = VramBuf::new(SIZE)?;
         let all: [u8; SIZE] = core::array::from_fn(|n| n as u8);
-        words.write(0, &all);
+        buf.write(0, &all);
 
         for first in 0..SIZE {
             for end in first..=SIZE {
                 let mut some = [0; SIZE];
-                words.read(first, &mut some[first..end]);
+                buf.read(first, &mut some[first..end]);
                 assert_eq!(some[first..end], all[first..end]);
             }
         }
@@ -314,12 +328,88 @@ mod tests {
     }
 
     #[test]
-    fn bytes_past_the_end_are_not_written() -> Result {
-        let words = Words::new(SIZE)?;
+    fn an_access_may_reach_over_pages_and_blocks() -> Result {
+        const LEN: usize = 2 * PAGE_SIZE + 2;
 
-        words.write(SIZE - 2, &[1; 8]);
-        words.read(SIZE, &mut [0; 8]);
-        assert_eq!(bytes(&words)[SIZE - 2..], [1, 1]);
+        let buf = VramBuf::new(2 * BLOCK_SIZE)?;
+        let value = KVec::from_elem(0x33, LEN, GFP_KERNEL)?;
+        let mut seen = KVec::zeroed(LEN + 2, GFP_KERNEL)?;
+        let first = BLOCK_SIZE - PAGE_SIZE - 1;
+
+        buf.write(first, &value);
+        buf.read(first - 1, &mut seen);
+        assert_eq!((seen[0], seen[LEN + 1]), (0, 0));
+        assert!(seen[1..=LEN] == value[..]);
+        Ok(())
+    }
+
+    /// Writes `value` to the odd bytes, from the last to the first.
+    #[pin_data]
+    struct OddWriter {
+        buf: Arc<VramBuf>,
+        value: u8,
+        #[pin]
+        work: Work<OddWriter>,
+    }
+
+    impl OddWriter {
+        fn new(buf: Arc<VramBuf>, value: u8) -> Result<Arc<Self>> {
+            let init = pin_init!(Self {
+                buf,
+                value,
+                work <- new_work!("dummy_gpu::OddWriter"),
+            });
+            Arc::pin_init(init, GFP_KERNEL)
+        }
+    }
+
+    impl_has_work! {
+        impl HasWork<Self> for OddWriter { self.work }
+    }
+
+    impl WorkItem for OddWriter {
+        type Pointer = Arc<Self>;
+
+        fn run(this: Arc<Self>) {
+            for address in (1..RACE_SIZE).step_by(2).rev() {
+                this.buf.write(address, &[this.value]);
+            }
+        }
+    }
+
+    const RACE_SIZE: usize = 4 * PAGE_SIZE;
+
+    /// A work item writes the odd bytes downwards while this thread writes the even ones upwards.
+    /// If they run at the same time the two meet in one word in each round.
+    #[test]
+    fn writers_of_different_bytes_of_a_word_lose_none() -> Result {
+        const ROUNDS: u8 = 32;
+
+        let buf = Arc::new(VramBuf::new(RACE_SIZE)?, GFP_KERNEL)?;
+        let mut seen = KVec::zeroed(RACE_SIZE, GFP_KERNEL)?;
+        for value in 1..=ROUNDS {
+            let writer = OddWriter::new(buf.clone(), value)?;
+            workqueue::system_dfl()
+                .enqueue(writer.clone())
+                .map_err(|_| EBUSY)?;
+            for address in (0..RACE_SIZE).step_by(2) {
+                buf.write(address, &[value]);
+            }
+            writer.work.flush();
+
+            buf.read(0, &mut seen);
+            assert_eq!(seen.iter().position(|byte| *byte != value), None);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bytes_past_the_end_are_not_written() -> Result {
+        let buf = VramBuf::new(SIZE)?;
+
+        buf.write(SIZE - 2, &[1; 8]);
+        buf.read(SIZE, &mut [0; 8]);
+        assert_eq!(bytes(&buf)[SIZE - 2..], [1, 1]);
         Ok(())
     }
 }

@@ -15,8 +15,7 @@
  * binds the file to the memory of the task that calls it. Commands take plain
  * pointers into that memory, wherever it comes from: nothing is registered,
  * pinned or copied. The file can be inherited or passed on, but not used: an
- * ioctl from a task with another mm fails with EPERM. open() fails with ENOMEM,
- * and with EINTR if a signal is pending.
+ * ioctl from a task with another mm fails with EPERM. open() fails with ENOMEM.
  *
  * All fields are __u64. Addresses, lengths and sizes are in bytes.
  */
@@ -40,6 +39,8 @@
  *    multiple of 8, or @flags has an unknown bit.
  *  - E2BIG: The structure is larger than the kernel knows and the rest is not
  *    zero, or @size exceeds 4096.
+ *  - ENOMEM: The first ioctl of a file has found no memory for the page table of
+ *    the device.
  *
  * Where only a part of the structure can be written, that part may have been.
  * Where the structure becomes unwritable while an ioctl is at work, EFAULT says
@@ -216,8 +217,8 @@ struct dummy_gpu_submit {
  *          permits the access, in the device's page table
  * @windows: Output ranges that were mapped to service a GPU page fault: at
  *           most one for each fault, none for a fault that failed
- * @invalidations: Output invalidations by the kernel, of any range that the
- *                 device mirrors
+ * @invalidations: Output invalidations by the kernel, of ranges with a page that
+ *                 the device could use
  * @invalidated_pages: Output pages that invalidations removed from the device's
  *                     page table
  * @retries: Output times that a range had to be faulted again because an
@@ -263,12 +264,14 @@ struct dummy_gpu_stats {
  * Private memory can be in the device's own memory, in RAM or, page by page, in
  * both: anonymous memory, and what a process has written of a file that it has
  * mapped privately. Other memory is always in RAM, and so is what KSM may merge
- * (MADV_MERGEABLE). What a program reads and writes is the same. A page moves
- * to the device's memory when a GPU page fault is serviced and the policy of
- * its address says so, or when PREFETCH does; it moves back when a CPU touches
- * it, when its place is needed for others, when PREFETCH or the policy says so,
- * and at the latest when the device goes. It stays there when the file is
- * closed.
+ * (MADV_MERGEABLE). What a program reads and writes is the same.
+ *
+ * A page moves to the device's memory when a GPU page fault is serviced and the
+ * policy of its address says so, or when PREFETCH does. Memory that was never
+ * touched is populated there by a write and by PREFETCH, but not by a read. A
+ * page moves back when a CPU touches it, when its place is needed for others,
+ * when PREFETCH or the policy says so, and at the latest when the device goes.
+ * It stays there when the file is closed.
  *
  * Where a page cannot move (someone has it pinned, or memory is short) it is used
  * where it is.

@@ -11,7 +11,9 @@ use super::super::{
     pool::{
         DevicePool,
         PageData,
-        PoolOps, //
+        Pool,
+        PoolOps,
+        Reservation, //
     },
     slots::Order, //
 };
@@ -35,6 +37,12 @@ pub(super) const CHUNK: usize = Order::MAX.pages();
 
 /// What memory that was not written since holds.
 pub(super) const OLD: u8 = 0xa5;
+
+/// Takes as many pages of the pool as there are elements.
+pub(super) fn reserve<'a>(pool: &'a Arc<Pool>, pfns: &'a mut [usize]) -> Result<Reservation<'a>> {
+    let wanted = pfns.len();
+    Pool::reserve(pool, pfns, wanted)
+}
 
 /// What is counted of page data.
 pub(super) trait Tally: PageData {
@@ -82,10 +90,13 @@ pub(super) struct TestDevice<D> {
     pub(super) most: Atomic<usize>,
     /// The error then.
     pub(super) says: Atomic<i32>,
-    /// The address of a page that is not copied either.
+    /// The address of pages that are not copied either, and how many there are.
     pub(super) bad: Atomic<usize>,
+    pub(super) bad_pages: Atomic<usize>,
     /// Whether it says so.
     pub(super) honest: Atomic<bool>,
+    /// The bytes at the end of a run that it leaves out on the way to system memory.
+    pub(super) short: Atomic<usize>,
     /// The pages that came home with their data, by reason.
     home: [Atomic<u64>; 3],
     /// The pages that were freed, and the sum of what they had.
@@ -104,7 +115,9 @@ impl<D: Tally> TestDevice<D> {
                 most: Atomic::new(usize::MAX),
                 says: Atomic::new(EIO.to_errno()),
                 bad: Atomic::new(usize::MAX),
+                bad_pages: Atomic::new(1),
                 honest: Atomic::new(true),
+                short: Atomic::new(0),
                 home: [const { Atomic::new(0) }; 3],
                 freed: Atomic::new(0),
                 sum: Atomic::new(0),
@@ -132,7 +145,12 @@ impl<D: Tally> PoolOps for TestDevice<D> {
                 CopyOp::ToDevice { to, .. } | CopyOp::Zero { to } => *to,
                 CopyOp::ToRam { from, .. } => *from,
             };
-            let bad = self.bad.load(Relaxed).wrapping_sub(range.start()) < range.len();
+            let (bad, bad_len) = (
+                self.bad.load(Relaxed),
+                self.bad_pages.load(Relaxed) * PAGE_SIZE,
+            );
+            let bad =
+                range.start() < bad.saturating_add(bad_len) && bad < range.start() + range.len();
             left = match left.checked_sub(range.len() / PAGE_SIZE) {
                 Some(left) if !bad => left,
                 _ if self.honest.load(Relaxed) => {
@@ -144,8 +162,9 @@ impl<D: Tally> PoolOps for TestDevice<D> {
                 CopyOp::ToDevice { from, to } => {
                     memory[to.start()..to.start() + to.len()].copy_from_slice(from);
                 }
-                CopyOp::ToRam { from, to } => {
-                    to.copy_from_slice(&memory[from.start()..from.start() + from.len()]);
+                CopyOp::ToRam { from, mut to } => {
+                    let end = from.start() + from.len() - self.short.load(Relaxed);
+                    to.write(&memory[from.start()..end])?;
                 }
                 CopyOp::Zero { to } => memory[to.start()..to.start() + to.len()].fill(0),
             }

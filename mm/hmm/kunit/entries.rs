@@ -100,7 +100,8 @@ mod tests {
         // From the last page of the first leaf to the first of the last: the middle leaf goes
         // whole.
         let gone = PageRange::new(LEAF_BYTES - PAGE_SIZE, 2 * LEAF_BYTES + PAGE_SIZE)?;
-        entries.erase(gone);
+        assert_eq!(entries.erase(gone), gone.pages());
+        assert_eq!(entries.erase(gone), 0);
         for va in range.page_addrs() {
             assert_eq!(first_byte(&entries, va).is_none(), gone.contains(va));
         }

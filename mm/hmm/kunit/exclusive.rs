@@ -19,7 +19,8 @@ use super::{
     page,
     user_read,
     user_write,
-    Recorder, //
+    Recorder,
+    MODULE, //
 };
 use kernel::{
     kunit::user_mm::{
@@ -44,7 +45,7 @@ fn make_exclusive(mirror: &Mirror, page: PageRange) -> Result<u32> {
 fn setup(mm: &UserMm) -> Result<(Mirror, PageRange, Arc<Recorder>)> {
     let ops = Recorder::new()?;
     Ok((
-        Mirror::new(ops.clone())?,
+        Mirror::new(&MODULE, ops.clone())?,
         map_aligned(mm, 8, Prot::ReadWrite)?,
         ops,
     ))
@@ -114,7 +115,7 @@ mod tests {
     fn another_device_takes_it_away() -> Result {
         with_user_mm(|mm| {
             let (mirror, window, _) = setup(mm)?;
-            let other = Mirror::new(Recorder::new()?)?;
+            let other = Mirror::new(&MODULE, Recorder::new()?)?;
             let first = page(window, 0)?;
             make_exclusive(&mirror, first)?;
             assert!(mirror.write(first.start(), &[7]).is_ok());
@@ -131,13 +132,13 @@ mod tests {
     fn what_another_device_begins_is_a_collision() -> Result {
         with_user_mm(|mm| {
             let (mirror, window, _) = setup(mm)?;
-            let other = Mirror::new(Recorder::new()?)?;
+            let other = Mirror::new(&MODULE, Recorder::new()?)?;
             let first = page(window, 0)?;
             user_write(first.start(), 1)?;
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(first, Access::Write);
             let mut made = Err(EIO);
-            mirror.fault_loop(&req, &mut buf, &mut |_| (), || {
+            mirror.fault_loop(&req, &mut buf, &mut |_| (), |_| {
                 if made.is_err() {
                     made = make_exclusive(&other, first);
                 }

@@ -17,15 +17,21 @@ use super::{
             Mirror,
             REGION_ORDER, //
         },
-        pfn::Access,
+        pfn::{
+            Access,
+            Pfn, //
+        },
         range::PageRange,
     },
     map_aligned,
     page,
     user_read,
     user_write,
-    Recorder, //
+    Recorder,
+    MODULE, //
 };
+#[cfg(CONFIG_X86_USER_SHADOW_STACK)]
+use kernel::bindings;
 use kernel::{
     kunit::user_mm::{
         with_user_mm,
@@ -105,7 +111,7 @@ mod tests {
     fn only_the_pages_needed_are_faulted() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let letters = fault(&mirror, page(window, 3)?, Access::Write)?;
             assert_eq!(&letters[..], b"hhhwhhhh");
             Ok(())
@@ -116,7 +122,7 @@ mod tests {
     fn what_is_there_already_is_reported_as_it_is() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             user_write(page(window, 1)?.start(), 1)?;
             // The zero page.
             user_read(page(window, 2)?.start())?;
@@ -135,7 +141,7 @@ mod tests {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
             let va = window.start();
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             fault(&mirror, window, Access::Read)?;
             assert!(mirror.write(va, &[1]).is_err());
             fault(&mirror, window, Access::Write)?;
@@ -156,7 +162,7 @@ mod tests {
                 let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, shared)?;
                 let range = PageRange::from_len(va, PAGE_SIZE)?;
                 user_write(va, 1)?;
-                let mirror = Mirror::new(Recorder::new()?)?;
+                let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
                 fault(&mirror, range, Access::Write)?;
                 assert!(mirror.write(va, &[2]).is_ok());
                 assert_eq!(user_read(va)?, 2);
@@ -171,7 +177,7 @@ mod tests {
             let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, false)?;
             let range = PageRange::from_len(va, PAGE_SIZE)?;
             let ops = Recorder::new()?;
-            let mirror = Mirror::new(ops.clone())?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
             assert_eq!(&fault(&mirror, range, Access::Read)?[..], b"r");
             assert!(mirror.write(va, &[1]).is_err());
             // The copy replaces the page: the entry of the old one must go.
@@ -186,7 +192,7 @@ mod tests {
     #[test]
     fn a_hole_and_no_permission_are_efault() -> Result {
         with_user_mm(|mm| {
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let window = map_window(mm, Prot::ReadWrite)?;
             let hole = page(window, 2)?;
             mm.munmap(hole.start(), hole.len())?;
@@ -201,7 +207,7 @@ mod tests {
     #[test]
     fn kernel_addresses_are_efault() -> Result {
         with_user_mm(|_| {
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let kernel = (&raw const mirror as usize) & !(PAGE_SIZE - 1);
             let kernel = PageRange::from_len(kernel, PAGE_SIZE)?;
             assert_eq!(fault(&mirror, kernel, Access::Read).err(), Some(EFAULT));
@@ -216,7 +222,7 @@ mod tests {
     fn an_address_that_is_not_the_process_s_changes_nothing() -> Result {
         with_user_mm(|_| {
             let ops = Recorder::new()?;
-            let mirror = Mirror::new(ops.clone())?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
             let mut buf = FaultBuf::new(3)?;
             let end = mirror.task_size();
             let last = usize::MAX - (2 * PAGE_SIZE - 1);
@@ -240,11 +246,11 @@ mod tests {
     fn no_time_for_retries_is_not_all_the_time() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(window, Access::Write).timeout_ms(0);
             mirror.fault(req, &mut buf, |_| ())?;
-            let zap = || zap(mm, window);
+            let zap = |_: &mut [usize]| zap(mm, window);
             let result = mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), zap);
             assert_eq!(result, Err(EBUSY));
             Ok(())
@@ -254,7 +260,7 @@ mod tests {
     #[test]
     fn a_write_to_read_only_memory_is_eperm_and_a_read_is_not() -> Result {
         with_user_mm(|mm| {
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let window = map_window(mm, Prot::Read)?;
             assert_eq!(fault(&mirror, window, Access::Write).err(), Some(EPERM));
             assert!(mirror.write(window.start(), &[1]).is_err());
@@ -267,7 +273,7 @@ mod tests {
     #[test]
     fn a_hole_beside_a_good_page_does_not_hide_it() -> Result {
         with_user_mm(|mm| {
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let window = map_window(mm, Prot::ReadWrite)?;
             let hole = page(window, 2)?;
             mm.munmap(hole.start(), hole.len())?;
@@ -282,7 +288,7 @@ mod tests {
     #[test]
     fn a_page_that_fails_in_the_window_does_not_fail_the_page_before_it() -> Result {
         with_user_mm(|mm| {
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             // The file ends before the mapping does: mm answers SIGBUS there.
             let len = 16 * PAGE_SIZE;
             let va = mm.mmap_shmem(len, PAGE_SIZE, Prot::ReadWrite, true)?;
@@ -298,7 +304,7 @@ mod tests {
     fn a_snapshot_faults_nothing_and_tells_what_is_there() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             assert_eq!(&snapshot(&mirror, window)?[..], b"hhhhhhhh");
             user_write(page(window, 1)?.start(), 1)?;
             user_read(page(window, 2)?.start())?;
@@ -317,7 +323,7 @@ mod tests {
     fn a_snapshot_goes_over_holes_and_memory_that_may_not_be_read() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             user_write(page(window, 7)?.start(), 1)?;
             mm.munmap(window.start(), 3 * PAGE_SIZE)?;
             assert_eq!(&snapshot(&mirror, window)?[..], b"eeehhhhw");
@@ -331,7 +337,7 @@ mod tests {
     fn a_snapshot_has_the_range_and_no_more() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             user_write(page(window, 2)?.start(), 1)?;
             let two = PageRange::from_len(page(window, 2)?.start(), 2 * PAGE_SIZE)?;
             assert_eq!(&snapshot(&mirror, two)?[..], b"wh");
@@ -346,7 +352,7 @@ mod tests {
     fn a_snapshot_of_nothing_is_efault_and_leaves_no_region() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let far = window.start() - (PAGE_SIZE << (REGION_ORDER + 1));
             let range = PageRange::from_len(far, window.len())?;
             assert_eq!(snapshot(&mirror, range).err(), Some(EFAULT));
@@ -382,11 +388,11 @@ mod tests {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
             user_write(window.start(), 7)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(page(window, 0)?, Access::Write);
             let (mut attempts, mut commits) = (0, 0);
-            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, || {
+            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
                 attempts += 1;
                 if attempts <= 2 {
                     zap(mm, window);
@@ -407,12 +413,12 @@ mod tests {
     fn a_stale_snapshot_leaves_no_entry_and_the_deadline_ends_the_loop() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(window, Access::Write).timeout_ms(20);
             let mut commits = 0;
             let result =
-                mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, || {
+                mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
                     zap(mm, window)
                 });
             assert_eq!(result, Err(EBUSY));
@@ -426,6 +432,107 @@ mod tests {
     }
 
     #[test]
+    fn after_a_collision_less_is_looked_at() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
+            let mut buf = FaultBuf::new(3)?;
+            let needed = PageRange::new(page(window, 2)?.start(), page(window, 5)?.end())?;
+            // The whole window, then what is needed, then the first page of that.
+            for (collisions, range) in [window, needed, page(window, 2)?, page(window, 2)?]
+                .into_iter()
+                .enumerate()
+            {
+                let req = FaultRequest::new(needed, Access::Write);
+                let (mut left, mut seen) = (collisions, None);
+                let mut f = |commit: &Commit<'_>| seen = Some((commit.range(), commit.needed()));
+                mirror.fault_loop(&req, &mut buf, &mut f, |_| {
+                    if left > 0 {
+                        left -= 1;
+                        zap(mm, window);
+                    }
+                })?;
+                assert!(seen == Some((range, range.intersect(&needed))));
+                assert_eq!(buf.retries(), collisions as u32);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_snapshot_is_of_all_that_was_asked_for_after_a_collision_too() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
+            let mut buf = FaultBuf::new(3)?;
+            // The first page is a hole between mappings.
+            mm.munmap(window.start(), PAGE_SIZE)?;
+            let req = FaultRequest::snapshot(window);
+            let (mut left, mut seen) = (3, None);
+            let mut f = |commit: &Commit<'_>| seen = Some(commit.range());
+            mirror.fault_loop(&req, &mut buf, &mut f, |_| {
+                if left > 0 {
+                    left -= 1;
+                    zap(mm, page(window, 1).unwrap_or(window));
+                }
+            })?;
+            assert!(seen == Some(window));
+            assert_eq!(buf.retries(), 3);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_no_device_can_be_given_is_efault_at_once() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
+            let mut buf = FaultBuf::new(3)?;
+            let req = FaultRequest::new(window, Access::Write);
+            // The second page of the window is such a one: it does not fail the first.
+            let mut served = None;
+            let second = |pfns: &mut [usize]| {
+                if let Some(pfn) = pfns.get_mut(1) {
+                    *pfn = Pfn::ERROR.into_raw();
+                }
+            };
+            let mut f = |commit: &Commit<'_>| served = commit.needed();
+            // A report of one page has no second, but the array that it is in has.
+            mirror.fault_loop(&req, &mut buf, &mut f, second)?;
+            assert!(served == Some(page(window, 0)?));
+            let all = |pfns: &mut [usize]| pfns.fill(Pfn::ERROR.into_raw());
+            let result = mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), all);
+            assert_eq!(result, Err(EFAULT));
+            assert_eq!(buf.retries(), 0);
+            Ok(())
+        })
+    }
+
+    #[cfg(CONFIG_X86_USER_SHADOW_STACK)]
+    #[test]
+    fn a_shadow_stack_may_be_read_and_is_never_writable() -> Result {
+        with_user_mm(|mm| {
+            let window = map_window(mm, Prot::ReadWrite)?;
+            for va in window.page_addrs() {
+                user_write(va, 1)?;
+            }
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
+            let guard = mm.mm().mmap_read_lock();
+            let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
+            // SAFETY: The VMA is valid while mmap_lock is held. No other task has this mm, so that
+            // nobody reads the flags meanwhile.
+            unsafe { (*vma.as_ptr()).__bindgen_anon_2.vm_flags |= bindings::VM_SHADOW_STACK };
+            drop(guard);
+
+            assert_eq!(fault(&mirror, window, Access::Write).err(), Some(EPERM));
+            assert_eq!(&fault(&mirror, window, Access::Read)?[..], b"rrrrrrrr");
+            assert_eq!(&snapshot(&mirror, window)?[..], b"rrrrrrrr");
+            assert!(mirror.write(window.start(), &[2]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
     fn churn_in_another_region_causes_no_retry() -> Result {
         with_user_mm(|mm| {
             let region = PAGE_SIZE << REGION_ORDER;
@@ -434,13 +541,13 @@ mod tests {
             let below = PageRange::new(border - PAGE_SIZE, border)?;
             let above = PageRange::from_len(border, PAGE_SIZE)?;
             let ops = Recorder::new()?;
-            let mirror = Mirror::new(ops.clone())?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
             fault(&mirror, below, Access::Read)?;
             fault(&mirror, above, Access::Read)?;
 
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(above, Access::Read);
-            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), || zap(mm, below))?;
+            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| zap(mm, below))?;
             // The page may be a part of the huge page of zeroes, which is split first.
             assert!(ops.count() >= 1);
             assert_eq!(buf.retries(), 0);
@@ -454,7 +561,7 @@ mod tests {
     fn a_request_is_served_a_window_at_a_time() -> Result {
         with_user_mm(|mm| {
             let window = map_window(mm, Prot::ReadWrite)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(1)?;
             let need = PageRange::new(page(window, 1)?.start(), window.end())?;
             let req = FaultRequest::new(need, Access::Write);

@@ -9,12 +9,14 @@ use super::{
             Device,
             Entry,
             FaultBuf,
-            FaultRequest, //
+            FaultRequest,
+            Ram, //
         },
         migrate::{
             evict,
             Arrays,
             Collected,
+            Holes,
             MigrateBuf,
             MigrateReason,
             ToDevice,
@@ -31,16 +33,19 @@ use super::{
         range::PageRange,
     },
     device::{
+        reserve,
         Counted,
         TestDevice,
         CHUNK, //
     },
     map_aligned,
     page,
-    Recorder, //
+    Recorder,
+    MODULE, //
 };
 use core::ptr::null_mut;
 use kernel::{
+    bindings,
     kunit::user_mm::{
         with_user_mm,
         Prot,
@@ -102,7 +107,7 @@ impl Setup {
     fn new() -> Result<Self> {
         let (device, pool) = TestDevice::new(1)?;
         Ok(Self {
-            mirror: Mirror::new_with_pool(Recorder::new()?, &pool)?,
+            mirror: Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?,
             buf: MigrateBuf::new(ORDER)?,
             device,
             pool,
@@ -110,9 +115,19 @@ impl Setup {
     }
 
     fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
-        let migrated = self
-            .mirror
-            .migrate_to_device(&self.pool, range, &mut self.buf, || Ok(1));
+        self.migrate(range, Holes::Populate)
+    }
+
+    /// As a read by the device does.
+    fn migrate_for_read(&mut self, range: PageRange) -> Result<usize> {
+        self.migrate(range, Holes::Keep)
+    }
+
+    fn migrate(&mut self, range: PageRange, holes: Holes) -> Result<usize> {
+        let Self {
+            mirror, pool, buf, ..
+        } = self;
+        let migrated = mirror.migrate_to_device(pool, range, holes, buf, || Ok(1));
         migrated.map(|migrated| migrated.pages())
     }
 
@@ -194,6 +209,21 @@ fn holds(window: PageRange, first: u8) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Fills the pool with pages that hold 7, and returns their range.
+fn fill(mm: &UserMm, setup: &mut Setup) -> Result<PageRange> {
+    let all = map_aligned(mm, CHUNK, Prot::ReadWrite)?;
+    for va in all.page_addrs() {
+        user_write(va, 7)?;
+    }
+    for start in all.page_addrs().step_by(WINDOW) {
+        let window = PageRange::from_len(start, WINDOW * PAGE_SIZE)?;
+        if setup.migrate_in(window)? != WINDOW {
+            return Err(EIO);
+        }
+    }
+    Ok(all)
 }
 
 /// Page data for the pool of a [`Setup`].
@@ -318,6 +348,24 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_was_not_written_is_never_mapped() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            for short in [1, PAGE_SIZE] {
+                setup.device.short.store(short, Relaxed);
+                assert_eq!(setup.migrate_out(window), Err(EIO));
+                assert_eq!(user_has(window.start(), 1), Err(EFAULT));
+            }
+            assert_eq!(setup.used(), WINDOW);
+            setup.device.short.store(0, Relaxed);
+            assert!(holds(window, 1)?);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn a_copy_home_that_fails_leaves_the_pages_on_the_device() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
@@ -361,7 +409,7 @@ mod tests {
                 mut buf,
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            mirror.migrate_to_device(&pool, window, &mut buf, || Ok(1))?;
+            mirror.migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
             device.most.store(0, Relaxed);
             let repaired = device.clone();
             system_dfl().try_spawn(GFP_KERNEL, move || {
@@ -469,13 +517,203 @@ mod tests {
     }
 
     #[test]
+    fn a_read_by_the_device_populates_nothing() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, None)?;
+            // Nothing to move leaves the pool as empty as it was.
+            assert_eq!(setup.migrate_for_read(window)?, 0);
+            assert_eq!(setup.pool.pool().chunks(), 0);
+            assert!(user_has(page(window, 1)?.start(), 0)?);
+            user_write(page(window, 2)?.start(), 2)?;
+            assert_eq!(setup.migrate_for_read(window)?, 1);
+            assert_eq!(setup.used(), 1);
+            assert_eq!(setup.migrate_for_read(window)?, 0);
+            assert_eq!(fault(&setup.mirror, window, Access::Read)?, 1);
+            assert_eq!(setup.used(), 1);
+            for (n, va) in window.page_addrs().enumerate() {
+                let byte = if n == 2 { 2 } else { 0 };
+                assert_eq!(first_byte(&setup.mirror, va), Some(byte));
+            }
+            // All but the one page are the shared page of zeroes.
+            let mut buf = FaultBuf::new(ORDER)?;
+            let zero = setup
+                .mirror
+                .fault(FaultRequest::snapshot(window), &mut buf, |commit| {
+                    let zero = commit.entries().filter(
+                        |(_, entry)| matches!(entry, Entry::Ram(Ram::Read(page)) if page.is_zero()),
+                    );
+                    zero.count()
+                })?;
+            assert_eq!(zero, WINDOW - 1);
+            assert_eq!(setup.migrate_in(window)?, WINDOW - 1);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn nothing_is_evicted_for_what_does_not_move() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let full = fill(mm, &mut setup)?;
+            assert_eq!(setup.used(), CHUNK);
+
+            // Pinned pages.
+            let window = map_window(mm, Some(1))?;
+            let mut pages = [null_mut(); WINDOW];
+            // SAFETY: The array has an element for each page; the current task uses the mm.
+            let pinned = unsafe {
+                bindings::pin_user_pages_fast(
+                    window.start(),
+                    WINDOW as c_int,
+                    bindings::FOLL_WRITE,
+                    pages.as_mut_ptr(),
+                )
+            };
+            assert_eq!(pinned, WINDOW as c_int);
+            let moved = setup.migrate_in(window);
+            // SAFETY: The pages were pinned just now.
+            unsafe { bindings::unpin_user_pages(pages.as_mut_ptr(), WINDOW) };
+            assert_eq!(moved, Ok(0));
+            assert_eq!(setup.home(MigrateReason::Evict), 0);
+
+            // Page cache, but for one page of the process's own.
+            let len = WINDOW * PAGE_SIZE;
+            let file = mm.mmap_shmem(len, len, Prot::ReadWrite, false)?;
+            let file = PageRange::from_len(file, len)?;
+            user_write(file.start(), 1)?;
+            assert!(user_has(page(file, 1)?.start(), 0)?);
+            let mut moved = 0;
+            for index in 0..WINDOW {
+                moved += setup.migrate_in(page(file, index)?)?;
+            }
+            assert_eq!(moved, 1);
+            assert_eq!(setup.home(MigrateReason::Evict), 1);
+
+            // Pages that nobody may read, and holes for a read.
+            let none = map_aligned(mm, WINDOW, Prot::None)?;
+            assert_eq!(setup.migrate_in(none)?, 0);
+            let hole = map_window(mm, None)?;
+            assert_eq!(setup.migrate_for_read(hole)?, 0);
+            assert_eq!(setup.home(MigrateReason::Evict), 1);
+
+            // As many as move, and no more.
+            assert_eq!(setup.migrate_in(page(window, 0)?)?, 1);
+            assert_eq!(setup.home(MigrateReason::Evict), 2);
+            assert_eq!(setup.migrate_in(window)?, WINDOW - 1);
+            assert_eq!(setup.home(MigrateReason::Evict), WINDOW as u64 + 1);
+            assert!(holds(window, 1)?);
+            for va in full.page_addrs() {
+                assert!(user_has(va, 7)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn pages_that_the_device_cannot_copy_do_not_keep_others_from_being_evicted() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            fill(mm, &mut setup)?;
+            let window = map_window(mm, Some(1))?;
+            // Those that would be evicted first: two batches.
+            setup.device.bad.store(0, Relaxed);
+            setup.device.bad_pages.store(2 * WINDOW, Relaxed);
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
+            assert_eq!(setup.home(MigrateReason::Evict), WINDOW as u64);
+            setup.device.bad.store(usize::MAX, Relaxed);
+            assert!(holds(window, 1)?);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn no_data_is_asked_for_where_there_is_no_room() -> Result {
+        with_user_mm(|mm| {
+            let setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let pool = setup.pool.pool();
+            let (mut few, mut rest) = ([0; WINDOW], KVec::from_elem(0, CHUNK - 4, GFP_KERNEL)?);
+            let rest = reserve(pool, &mut rest)?;
+            let mut reservation = Pool::reserve(pool, &mut few, 2)?;
+            let mut buf = MigrateBuf::new(ORDER)?;
+            let mut asked = 0;
+            let mut data = || {
+                asked += 1;
+                number()
+            };
+
+            let guard = mm.mm().mmap_read_lock();
+            let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
+            let arrays = buf.arrays().0;
+            // SAFETY: `guard` holds mmap_lock.
+            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            // Two were taken before, and two are free.
+            let (copied, short) = collected.copy(&mut reservation, Holes::Keep, &mut data)?;
+            let moved = copied.commit().pages();
+            drop(guard);
+            assert_eq!((moved, short, asked), (4, WINDOW - 4, 4));
+            drop(rest);
+            assert_eq!(setup.used(), 4);
+            assert!(holds(window, 1)?);
+            assert_eq!(setup.freed(), 4);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_device_that_asks_to_be_called_again_is_waited_for() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            for err in [EAGAIN, EBUSY, EINTR] {
+                let window = map_window(mm, Some(1))?;
+                setup.migrate_in(window)?;
+                setup.device.says.store(err.to_errno(), Relaxed);
+                setup.device.most.store(0, Relaxed);
+                let repaired = setup.device.clone();
+                system_dfl().try_spawn(GFP_KERNEL, move || {
+                    fsleep(Delta::from_millis(20));
+                    repaired.most.store(usize::MAX, Relaxed);
+                })?;
+                assert!(user_has(window.start(), 1)?);
+                assert!(holds(window, 1)?);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_somebody_has_is_waited_for() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            setup.migrate_in(window)?;
+            let mut pfns = [0];
+            assert_eq!(setup.pool.pool().oldest(&mut pfns), 1);
+            // The page of the pool that holds the first page of the window.
+            // SAFETY: The page is in use, and stays so while there is a reference to it.
+            let page = unsafe { bindings::pfn_to_page(pfns[0]) } as usize;
+            // SAFETY: As above.
+            unsafe { bindings::folio_get((page as *mut bindings::page).cast()) };
+            system_dfl().try_spawn(GFP_KERNEL, move || {
+                fsleep(Delta::from_millis(20));
+                // SAFETY: This gives the reference up that was taken above.
+                unsafe { bindings::folio_put((page as *mut bindings::page).cast()) };
+            })?;
+            assert!(user_has(window.start(), 1)?);
+            assert!(holds(window, 1)?);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn a_pool_without_room_is_enomem_and_the_range_works_on_in_ram() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             let mut pfns = KVec::from_elem(0, CHUNK, GFP_KERNEL)?;
             let inner = setup.pool.pool().clone();
-            let all = Pool::reserve(&inner, &mut pfns)?;
+            let all = reserve(&inner, &mut pfns)?;
             assert_eq!(setup.migrate_in(window), Err(ENOMEM));
             assert_eq!(fault(&setup.mirror, window, Access::Write)?, 0);
             assert!(setup.mirror.write(window.start(), &[9; PAGE_SIZE]).is_ok());
@@ -490,7 +728,7 @@ mod tests {
     fn page_data_that_is_an_object_goes_with_the_page() -> Result {
         with_user_mm(|mm| {
             let (device, pool) = TestDevice::<Arc<Counted>>::new(1)?;
-            let mirror = Mirror::new_with_pool(Recorder::new()?, &pool)?;
+            let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
             let mut buf = MigrateBuf::new(ORDER)?;
             let dropped = Arc::new(Atomic::new(0), GFP_KERNEL)?;
             let window = map_window(mm, Some(1))?;
@@ -508,7 +746,7 @@ mod tests {
                 made.push_within_capacity(data()?)?;
             }
             let spare = data()?;
-            mirror.migrate_to_device(&pool, window, &mut buf, || {
+            mirror.migrate_to_device(&pool, window, Holes::Populate, &mut buf, || {
                 Ok(made.pop().unwrap_or(spare.clone()))
             })?;
             assert!(made.is_empty());
@@ -556,7 +794,7 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             let pool = setup.pool.pool();
             let mut pfns = [0; WINDOW];
-            let mut reservation = Pool::reserve(pool, &mut pfns)?;
+            let mut reservation = reserve(pool, &mut pfns)?;
             let mut buf = MigrateBuf::new(ORDER)?;
 
             let guard = mm.mm().mmap_read_lock();
@@ -564,7 +802,8 @@ mod tests {
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
             let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
-            let committed = collected.copy(&mut reservation, &mut number)?.commit();
+            let (copied, _) = collected.copy(&mut reservation, Holes::Keep, &mut number)?;
+            let committed = copied.commit();
             // As MADV_DONTNEED does.
             vma.zap_vma_range(window.start(), 4 * PAGE_SIZE);
             let moved = committed.pages();
@@ -589,7 +828,7 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             let pool = setup.pool.pool();
             let mut pfns = [0; WINDOW];
-            let mut reservation = Pool::reserve(pool, &mut pfns)?;
+            let mut reservation = reserve(pool, &mut pfns)?;
             let mut buf = MigrateBuf::new(ORDER)?;
 
             let guard = mm.mm().mmap_read_lock();
@@ -597,7 +836,7 @@ mod tests {
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
             let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
-            drop(collected.copy(&mut reservation, &mut number)?);
+            drop(collected.copy(&mut reservation, Holes::Keep, &mut number)?);
             drop(guard);
             drop(reservation);
 
@@ -618,7 +857,7 @@ mod tests {
                 mut buf,
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            mirror.migrate_to_device(&pool, window, &mut buf, || Ok(1))?;
+            mirror.migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
             assert_eq!(fault(&mirror, window, Access::Write)?, WINDOW);
             assert!(mirror.write(window.start(), &[77; PAGE_SIZE]).is_ok());
             drop(pool);
@@ -755,10 +994,13 @@ mod tests {
             assert_eq!(first_byte(&other.mirror, window.start()), Some(1));
             assert_eq!(setup.used(), 0);
             // And one device's pool is no place for another's mirror.
-            let migrated =
-                setup
-                    .mirror
-                    .migrate_to_device(&other.pool, window, &mut setup.buf, || Ok(1));
+            let migrated = setup.mirror.migrate_to_device(
+                &other.pool,
+                window,
+                Holes::Keep,
+                &mut setup.buf,
+                || Ok(1),
+            );
             assert_eq!(migrated.err(), Some(EINVAL));
             Ok(())
         })
@@ -826,13 +1068,16 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             let mut asked = 0;
-            let migrated =
-                setup
-                    .mirror
-                    .migrate_to_device(&setup.pool, window, &mut setup.buf, || {
-                        asked += 1;
-                        (asked != 3).then_some(1).ok_or(ENOMEM)
-                    })?;
+            let migrated = setup.mirror.migrate_to_device(
+                &setup.pool,
+                window,
+                Holes::Keep,
+                &mut setup.buf,
+                || {
+                    asked += 1;
+                    (asked != 3).then_some(1).ok_or(ENOMEM)
+                },
+            )?;
             assert_eq!(migrated.pages(), WINDOW - 1);
             assert_eq!(asked, WINDOW);
             assert_eq!(setup.used(), WINDOW - 1);
@@ -914,10 +1159,12 @@ mod tests {
     fn a_mirror_without_memory_has_nothing_to_migrate() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
-            let migrated = mirror.migrate_to_device(&setup.pool, window, &mut setup.buf, || Ok(1));
+            let migrated =
+                mirror
+                    .migrate_to_device(&setup.pool, window, Holes::Keep, &mut setup.buf, || Ok(1));
             assert_eq!(migrated.err(), Some(EINVAL));
             let migrated = mirror.migrate_to_ram(window, &mut setup.buf)?;
             assert_eq!(migrated.pages(), 0);

@@ -17,7 +17,8 @@ use super::{
         range::PageRange,
     },
     user_write,
-    Recorder, //
+    Recorder,
+    MODULE, //
 };
 use kernel::{
     bindings,
@@ -65,7 +66,7 @@ mod tests {
 
     #[test]
     fn a_kernel_thread_has_nothing_to_mirror() -> Result {
-        assert_eq!(Mirror::new(Recorder::new()?).err(), Some(EINVAL));
+        assert_eq!(Mirror::new(&MODULE, Recorder::new()?).err(), Some(EINVAL));
         Ok(())
     }
 
@@ -73,7 +74,7 @@ mod tests {
     fn what_was_not_faulted_is_a_miss_at_its_address() -> Result {
         with_user_mm(|mm| {
             let range = map(mm, 1, 7)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = [0; 4];
             let va = range.start() + 3;
             let miss = mirror.read(va, &mut buf).err();
@@ -89,7 +90,7 @@ mod tests {
         with_user_mm(|mm| {
             // Nothing is mapped behind the first mapping of an address space.
             let two = map(mm, 2, 7)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             fault(&mirror, two, Access::Write)?;
 
             let border = two.start() + PAGE_SIZE - 2;
@@ -117,7 +118,7 @@ mod tests {
     fn an_address_that_nobody_has_is_a_miss_and_no_byte_is_copied() -> Result {
         with_user_mm(|mm| {
             let range = map(mm, 1, 7)?;
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             fault(&mirror, range, Access::Write)?;
             for va in [0, mirror.task_size(), usize::MAX - 1, usize::MAX] {
                 let mut buf = [0x5a; 4];
@@ -140,7 +141,7 @@ mod tests {
             let len = 2 * REGION_BYTES;
             let start = mm.mmap_anonymous(len, Prot::Read)?;
             let border = (start + 1).next_multiple_of(REGION_BYTES);
-            let mirror = Mirror::new(Recorder::new()?)?;
+            let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let around = PageRange::new(border - PAGE_SIZE, border + PAGE_SIZE)?;
             fault(&mirror, around, Access::Read)?;
             let mut buf = [1; 8];
@@ -159,7 +160,7 @@ mod tests {
         with_user_mm(|mm| {
             let range = map(mm, 3, 7)?;
             let ops = Recorder::new()?;
-            let mirror = Mirror::new(ops.clone())?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
             fault(&mirror, range, Access::Read)?;
             assert_eq!(ops.count(), 0);
 
@@ -179,11 +180,29 @@ mod tests {
     }
 
     #[test]
+    fn an_invalidation_of_what_the_device_has_not_is_no_call() -> Result {
+        with_user_mm(|mm| {
+            let range = map(mm, 3, 7)?;
+            let first = PageRange::from_len(range.start(), PAGE_SIZE)?;
+            let ops = Recorder::new()?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
+            let mut buf = FaultBuf::new(0)?;
+            mirror.fault(FaultRequest::new(first, Access::Write), &mut buf, |_| ())?;
+
+            mm.munmap(first.end(), PAGE_SIZE)?;
+            assert_eq!(ops.count(), 0);
+            mm.munmap(range.start(), range.len())?;
+            assert_eq!(ops.count(), 1);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn an_invalidation_that_may_not_block_changes_nothing_if_it_would() -> Result {
         with_user_mm(|mm| {
             let range = map(mm, 1, 7)?;
             let ops = Recorder::new()?;
-            let mirror = Mirror::new(ops.clone())?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
             fault(&mirror, range, Access::Read)?;
             let region = mirror.region(range.start()).ok_or(ENOENT)?;
             let event = bindings::mmu_notifier_range {
@@ -223,7 +242,7 @@ mod tests {
         with_user_mm(|mm| {
             let range = map(mm, 1, 7)?;
             let ops = Recorder::new()?;
-            let mirror = Mirror::new(ops.clone())?;
+            let mirror = Mirror::new(&MODULE, ops.clone())?;
             // Not where the mirror made its first region.
             let va = range.start() / 2;
             let first = mirror.new_region(mm.mm(), va)?;
@@ -234,7 +253,7 @@ mod tests {
             let found = mirror.region_or_insert(mm.mm(), va)?;
             assert!(Arc::ptr_eq(&first, &found));
             // The other is told of nothing any more.
-            mirror.region_or_insert(mm.mm(), range.start())?;
+            fault(&mirror, range, Access::Read)?;
             let other = mirror.new_region(mm.mm(), range.start())?;
             drop(mirror.publish(other, range.start())?);
             mm.munmap(range.start(), range.len())?;
@@ -249,7 +268,7 @@ mod tests {
         let recorder = ops.clone();
         let (mirror, range) = with_user_mm(move |mm| {
             let range = map(mm, 2, 7)?;
-            let mirror = Mirror::new(recorder)?;
+            let mirror = Mirror::new(&MODULE, recorder)?;
             fault(&mirror, range, Access::Write)?;
             assert!(mirror.read(range.start(), &mut [0]).is_ok());
             assert!(mirror.is_current());
@@ -265,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_task_of_another_process_is_eperm() -> Result {
-        let mirror = with_user_mm(|_| Mirror::new(Recorder::new()?))?;
+        let mirror = with_user_mm(|_| Mirror::new(&MODULE, Recorder::new()?))?;
         with_user_mm(|mm| {
             let range = map(mm, 1, 7)?;
             assert!(!mirror.is_current());

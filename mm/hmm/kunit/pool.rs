@@ -5,10 +5,10 @@
 use super::{
     super::pool::{
         DevicePool,
-        Pool,
         RawData, //
     },
     device::{
+        reserve,
         Counted,
         TestDevice,
         CHUNK, //
@@ -48,11 +48,11 @@ mod tests {
         let (_device, pool) = TestDevice::<u64>::new(2)?;
         assert_eq!(pool.pool().chunks(), 0);
         let mut few = numbers(10)?;
-        let reservation = Pool::reserve(pool.pool(), &mut few)?;
+        let reservation = reserve(pool.pool(), &mut few)?;
         assert_eq!(pool.pool().used_pages(), 10);
         assert_eq!(pool.pool().chunks(), 1);
         let mut many = numbers(CHUNK)?;
-        let other = Pool::reserve(pool.pool(), &mut many)?;
+        let other = reserve(pool.pool(), &mut many)?;
         assert_eq!(pool.pool().used_pages(), CHUNK + 10);
         assert_eq!(pool.pool().chunks(), 2);
         drop(reservation);
@@ -65,13 +65,13 @@ mod tests {
     fn what_cannot_grow_gives_what_there_is_and_then_enomem() -> Result {
         let (_device, pool) = TestDevice::<u64>::new(1)?;
         let (mut most, mut more) = (numbers(CHUNK - 1)?, numbers(2)?);
-        let _most = Pool::reserve(pool.pool(), &mut most)?;
-        let last = Pool::reserve(pool.pool(), &mut more)?;
+        let _most = reserve(pool.pool(), &mut most)?;
+        let last = reserve(pool.pool(), &mut more)?;
         assert_eq!(pool.pool().used_pages(), CHUNK);
         let mut none = numbers(1)?;
-        assert_eq!(Pool::reserve(pool.pool(), &mut none).err(), Some(ENOMEM));
+        assert_eq!(reserve(pool.pool(), &mut none).err(), Some(ENOMEM));
         drop(last);
-        assert!(Pool::reserve(pool.pool(), &mut none).is_ok());
+        assert!(reserve(pool.pool(), &mut none).is_ok());
         Ok(())
     }
 
@@ -79,7 +79,7 @@ mod tests {
     fn page_data_that_is_a_number_comes_back_once() -> Result {
         let (device, pool) = TestDevice::<u64>::new(1)?;
         let mut pfns = numbers(3)?;
-        let mut reservation = Pool::reserve(pool.pool(), &mut pfns)?;
+        let mut reservation = reserve(pool.pool(), &mut pfns)?;
         let mut value = u64::MAX - 2;
         let mut data = || {
             value += 1;
@@ -113,7 +113,7 @@ mod tests {
             GFP_KERNEL,
         )?;
         let mut pfns = numbers(2)?;
-        let mut reservation = Pool::reserve(pool.pool(), &mut pfns)?;
+        let mut reservation = reserve(pool.pool(), &mut pfns)?;
         // SAFETY: The page data is an `Arc<Counted>`.
         let data = unsafe { RawData::new(counted.clone()) };
         let page = reservation.folio(data);
@@ -134,10 +134,10 @@ mod tests {
             let (_device, pool) = TestDevice::<u64>::new(1)?;
             let inner = pool.pool().clone();
             let mut pfns = numbers(1)?;
-            drop(Pool::reserve(&inner, &mut pfns)?);
+            drop(reserve(&inner, &mut pfns)?);
             drop(pool);
             assert_eq!(inner.chunks(), 0);
-            assert_eq!(Pool::reserve(&inner, &mut pfns).err(), Some(ENOMEM));
+            assert_eq!(reserve(&inner, &mut pfns).err(), Some(ENOMEM));
         }
         Ok(())
     }

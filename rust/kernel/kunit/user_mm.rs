@@ -25,7 +25,7 @@ use core::ptr::{
 ///
 /// # Invariants
 ///
-/// `mm` has users, and it is the address space of the current task.
+/// `mm` has users, and it is the address space of the current task, which runs a KUnit test.
 pub struct UserMm {
     mm: NonNull<bindings::mm_struct>,
     // The current task's address space is no other task's.
@@ -95,6 +95,7 @@ pub fn with_user_mm<R: Send>(f: impl FnOnce(&UserMm) -> Result<R> + Send) -> Res
     let mm = NonNull::new(current!().mm().map_or(null_mut(), |mm| mm.as_raw())).ok_or(EINVAL)?;
 
     // INVARIANT: `kunit_attach_mm()` made it with one user, which is given up after the call only.
+    // `in_kunit_test()` was true of this task.
     let result = f(&UserMm {
         mm,
         _nts: NotThreadSafe,
@@ -156,10 +157,16 @@ impl UserMm {
             true => flags | bindings::MAP_ANONYMOUS,
             false => flags,
         };
-        // SAFETY: The current task has an address space, by the type invariants; `file` is as the
-        // caller promises.
-        let addr = unsafe { bindings::vm_mmap(file, 0, len, prot.as_raw(), flags as usize, 0) };
-        from_err_ptr(addr as *mut c_void).map(|addr| addr as usize)
+        // SAFETY: Any task may call `kunit_get_current_test()`.
+        let test = unsafe { bindings::kunit_get_current_test() };
+        let (prot, flags) = (prot.as_raw(), flags as usize);
+        // SAFETY: `kunit_vm_mmap()` wants the test that the current task runs, which is `test` by
+        // the type invariants of `UserMm`, and a valid file or none, which `file` is (see the
+        // `# Safety` section).
+        match unsafe { bindings::kunit_vm_mmap(test, file, 0, len, prot, flags, 0) } {
+            0 => Err(ENOMEM),
+            addr => Ok(addr),
+        }
     }
 
     /// Unmaps `len` bytes at `addr`.
@@ -221,7 +228,7 @@ mod tests {
         with_user_mm(|mm| {
             let len = usize::MAX & !(PAGE_SIZE - 1);
             assert_eq!(mm.mmap_anonymous(len, Prot::Read), Err(ENOMEM));
-            assert_eq!(mm.mmap_anonymous(0, Prot::Read), Err(EINVAL));
+            assert_eq!(mm.mmap_anonymous(0, Prot::Read), Err(ENOMEM));
             Ok(())
         })
     }

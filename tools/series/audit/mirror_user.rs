@@ -24,9 +24,9 @@ struct User {
 }
 
 impl kernel::Module for User {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
+    fn init(module: &'static ThisModule) -> Result<Self> {
         Ok(Self {
-            _mirror: Mirror::new(Arc::new(Ops, GFP_KERNEL)?)?,
+            _mirror: Mirror::new(module, Arc::new(Ops, GFP_KERNEL)?)?,
         })
     }
 }

@@ -5,8 +5,8 @@
 
 use hmm::{
     Access, Commit, CopyBatch, CopyOp, Device, DevicePool, Entry, ExclusivePage, FaultBuf,
-    FaultRequest, Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror, MirrorOps,
-    PageRange, PoolOps, Ram, WritePage,
+    FaultRequest, Holes, Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror,
+    MirrorOps, PageRange, PoolOps, Ram, WritePage,
 };
 use kernel::{prelude::*, sync::Arc};
 
@@ -39,8 +39,8 @@ pub fn fault(mirror: &Mirror, buf: &mut FaultBuf, range: PageRange) -> Result<us
     )
 }
 
-pub fn open() -> Result<Mirror> {
-    Mirror::new(Arc::new(Ops, GFP_KERNEL)?)
+pub fn open(module: &'static ThisModule) -> Result<Mirror> {
+    Mirror::new(module, Arc::new(Ops, GFP_KERNEL)?)
 }
 
 pub struct Vram;
@@ -50,8 +50,8 @@ impl PoolOps for Vram {
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         for op in batch {
-            if let CopyOp::ToRam { from, to } = op {
-                to.fill(from.start() as u8);
+            if let CopyOp::ToRam { from, mut to } = op {
+                to.write(&[from.start() as u8])?;
             }
         }
         Ok(())
@@ -66,9 +66,9 @@ impl PoolOps for Vram {
     fn page_freed(&self, _data: u64) {}
 }
 
-pub fn open_with_memory() -> Result<(DevicePool<Vram>, Mirror)> {
+pub fn open_with_memory(module: &'static ThisModule) -> Result<(DevicePool<Vram>, Mirror)> {
     let pool = DevicePool::new(c"vram", Arc::new(Vram, GFP_KERNEL)?, 512, 1)?;
-    let mirror = Mirror::new_with_pool(Arc::new(Ops, GFP_KERNEL)?, &pool)?;
+    let mirror = Mirror::new_with_pool(module, Arc::new(Ops, GFP_KERNEL)?, &pool)?;
     Ok((pool, mirror))
 }
 
@@ -78,7 +78,7 @@ pub fn migrate(
     range: PageRange,
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
-    mirror.migrate_to_device(pool, range, buf, || Ok(0))
+    mirror.migrate_to_device(pool, range, Holes::Keep, buf, || Ok(0))
 }
 
 pub fn map_exclusive(page: &ExclusivePage<'_>) -> usize {

@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use hmm::{DevicePool, MigrateBuf, Migrated, Mirror, PageRange, PoolOps};
+use hmm::{DevicePool, Holes, MigrateBuf, Migrated, Mirror, PageRange, PoolOps};
 use kernel::prelude::*;
 
 pub fn go_on<T: PoolOps<PageData = u64>>(
@@ -15,5 +15,5 @@ pub fn go_on<T: PoolOps<PageData = u64>>(
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
     drop(pool);
-    mirror.migrate_to_device(&pool, range, buf, || Ok(0))
+    mirror.migrate_to_device(&pool, range, Holes::Keep, buf, || Ok(0))
 }

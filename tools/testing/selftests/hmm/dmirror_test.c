@@ -228,7 +228,7 @@ TEST_F(dmirror, a_page_that_finds_no_memory_stays_in_ram)
 	EXPECT_EQ(self->length, cpu_unlike(self->p, 0x11, self->length));
 }
 
-/* What comes first is not evicted for what comes last, before it was read or written. */
+/* READ and WRITE take as much memory as a process has, and not as the device has. */
 TEST_F_TIMEOUT(dmirror, more_than_the_device_has_is_written_and_read, 120)
 {
 	const size_t length = 66UL << 20, pages = length / page;

@@ -106,7 +106,7 @@ FIXTURE(life)
 	const char *module;	/* the file, once it was removed */
 	char cgroups[40];	/* where they were mounted for a test */
 	bool controller;	/* which has made memory one there */
-	pid_t charged;
+	pid_t grouped;		/* a child that is in a cgroup there */
 };
 
 #define LIFE	FIXTURE_DATA(life)
@@ -144,13 +144,31 @@ FIXTURE_SETUP(life)
 	self->pages = device_pages();
 }
 
+/* Mounts a hierarchy of cgroups until the teardown. */
+static bool cgroups_begin(LIFE *self, const char *type, const char *options)
+{
+	char dir[] = "/tmp/dummy_gpu_cgroup.XXXXXX";
+
+	if (!mkdtemp(dir))
+		return false;
+	if (mount("none", dir, type, 0, options)) {
+		rmdir(dir);
+		return false;
+	}
+	strcpy(self->cgroups, dir);
+	return true;
+}
+
 static void cgroups_end(LIFE *self)
 {
 	char path[100];
 
-	if (self->charged) {
-		kill(self->charged, SIGKILL);
-		waitpid(self->charged, NULL, 0);
+	snprintf(path, sizeof(path), "%s/dummy_gpu_test/freezer.state", self->cgroups);
+	if (!access(path, W_OK))
+		write_to(path, "THAWED");
+	if (self->grouped) {
+		kill(self->grouped, SIGKILL);
+		waitpid(self->grouped, NULL, 0);
 	}
 	snprintf(path, sizeof(path), "%s/dummy_gpu_test", self->cgroups);
 	rmdir(path);
@@ -1330,7 +1348,7 @@ static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
 		_exit(charged_child(&other, pages * page));
 	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
 	snprintf(number, sizeof(number), "%d", pid);
-	self->charged = pid;
+	self->grouped = pid;
 	ASSERT_TRUE(write_to(path, number));
 	ASSERT_EQ(0, tell(&other));
 	for (int i = 0; i < 4 * (ROUNDS + 1); i++) {
@@ -1350,7 +1368,7 @@ static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
 		}
 		ASSERT_EQ(0, tell(&other));
 	}
-	self->charged = 0;
+	self->grouped = 0;
 	EXPECT_EQ(0, ended(&other));
 }
 
@@ -1370,24 +1388,103 @@ static bool lists(const char *path, const char *name)
 
 TEST_F_SETS(charge)
 {
-	char dir[] = "/tmp/dummy_gpu_cgroup.XXXXXX", path[100];
+	char path[100];
 
-	ASSERT_NE(NULL, mkdtemp(dir));
-	if (mount("none", dir, "cgroup2", 0, NULL)) {
-		rmdir(dir);
+	if (!cgroups_begin(self, "cgroup2", NULL))
 		SKIP(return, "no cgroup2: %s", strerror(errno));
-	}
-	strcpy(self->cgroups, dir);
-	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", dir);
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", self->cgroups);
 	if (!lists(path, "memory")) {
 		self->controller = write_to(path, "+memory");
 		if (!self->controller)
 			SKIP(return, "no memory controller in cgroup2");
 	}
-	snprintf(path, sizeof(path), "%s/dummy_gpu_test", dir);
+	snprintf(path, sizeof(path), "%s/dummy_gpu_test", self->cgroups);
 	ASSERT_EQ(0, mkdir(path, 0700));
 	charge_stays(_metadata, self, path);
 	EXPECT_EQ(0, rmdir(path)) TH_LOG("%s", strerror(errno));
+}
+
+/* Whether a cgroup gets to be frozen. The freezer looks at each task once per write. */
+static bool freezes(const char *state)
+{
+	for (int i = 0; i < 300; i++) {
+		if (!write_to(state, "FROZEN"))
+			return false;
+		usleep(10 * 1000);
+		if (lists(state, "FROZEN"))
+			return true;
+	}
+	return false;
+}
+
+/* Whether the GPU reads memory for anybody within some time; without debugfs, as expected. */
+static bool gpu_reads(bool expect)
+{
+	int64_t before = instance_counter(0, "bytes_read");
+
+	for (int i = 0; i < 20; i++) {
+		usleep(10 * 1000);
+		if (instance_counter(0, "bytes_read") != before)
+			return true;
+	}
+	return before < 0 ? expect : false;
+}
+
+/*
+ * A task that waits for its commands can be frozen, as all tasks are for system
+ * suspend. The GPU does nothing for it then, and goes on when it is thawed.
+ */
+TEST_F(life, frozen_in_command)
+{
+	const size_t length = self->size / 4;
+	struct dummy_gpu_command commands[1024];
+	struct dummy_gpu_submit submit = gpu_submission(commands, ARRAY_SIZE(commands));
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	char group[60], path[100], number[20];
+	struct other other;
+	bool reads = true;
+	pid_t pid;
+
+	ASSERT_NE(MAP_FAILED, p);
+	if (!cgroups_begin(self, "cgroup", "freezer"))
+		SKIP(return, "no freezer of cgroups: %s", strerror(errno));
+	snprintf(group, sizeof(group), "%s/dummy_gpu_test", self->cgroups);
+	ASSERT_EQ(0, mkdir(group, 0700));
+
+	/* More work than the test has time for. */
+	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
+		commands[i] = gpu_unary(DUMMY_GPU_OP_CRC32, &self->result[i % 8], p, length);
+	pid = spawn(&other);
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		int fd = gpu_open(GPU_DEVICE);
+
+		if (fd < 0 || run(fd, gpu_fill(p, 1, length)) || tell(&other))
+			_exit(1);
+		gpu_submit(fd, &submit);
+		_exit(2);
+	}
+	self->grouped = pid;
+	ASSERT_EQ(0, hear(&other));
+	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
+	snprintf(number, sizeof(number), "%d", pid);
+	ASSERT_TRUE(write_to(path, number));
+	EXPECT_TRUE(gpu_reads(true));
+
+	snprintf(path, sizeof(path), "%s/freezer.state", group);
+	EXPECT_TRUE(freezes(path));
+	/* The work item ends its slice. */
+	for (int i = 0; i < 20 && reads; i++)
+		reads = gpu_reads(false);
+	EXPECT_FALSE(reads);
+	EXPECT_TRUE(write_to(path, "THAWED"));
+	EXPECT_TRUE(gpu_reads(true));
+
+	self->grouped = 0;
+	EXPECT_EQ(0, kill(pid, SIGKILL));
+	EXPECT_TRUE(was_killed(ended(&other), SIGKILL));
+	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
+	munmap(p, length);
 }
 
 /*
@@ -1606,6 +1703,74 @@ TEST_F_SETS(module_removed)
 		close(fd);
 		if (instance_pages() >= 0)
 			EXPECT_TRUE(device_pages_become(0));
+	}
+}
+
+/* How many references there are to the module, or -1. */
+static int module_references(void)
+{
+	FILE *file = fopen("/sys/module/dummy_gpu/refcnt", "re");
+	int count = -1;
+
+	if (file && fscanf(file, "%d", &count) != 1)
+		count = -1;
+	if (file)
+		fclose(file);
+	return count;
+}
+
+/* The notifiers call the module, so a mirror keeps it, beside the open file. */
+TEST_F(life, mirror_keeps_the_module)
+{
+	int before = module_references(), fd;
+
+	if (before < 0)
+		SKIP(return, "the driver is no module");
+	fd = open_new();
+	ASSERT_LE(0, fd);
+	/* The mirror is made by the first ioctl. */
+	stats_of(_metadata, fd);
+	EXPECT_EQ(before + 2, module_references());
+	ASSERT_EQ(0, close(fd));
+	EXPECT_EQ(before, module_references());
+}
+
+/* A file in debugfs that is open when the module goes: it has no more to tell. */
+TEST_F_SETS(module_removed_with_statistics_open)
+{
+	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
+	char stats[] = "/sys/kernel/debug/dummy_gpu/dummy_gpu0/stats", text[100];
+	int err;
+
+	if (access(path, R_OK))
+		SKIP(return, "no %s: DUMMY_GPU_KO=path says where the module is", path);
+	if (access(stats, R_OK))
+		SKIP(return, "no debugfs");
+	close(self->fd);
+	self->fd = -1;
+	for (int round = 0; round < ROUNDS; round++) {
+		int opened = open(stats, O_RDONLY | O_CLOEXEC);
+		int half_read = open(stats, O_RDONLY | O_CLOEXEC);
+
+		ASSERT_LE(0, opened);
+		ASSERT_LE(0, half_read);
+		EXPECT_EQ(10, read(half_read, text, 10));
+		err = module_remove();
+		if (err)
+			SKIP(return, "the module cannot be removed: %s", strerror(-err));
+		self->module = path;
+		self->pages = 0;
+
+		EXPECT_EQ(-1, read(opened, text, sizeof(text)));
+		EXPECT_EQ(EIO, errno);
+		EXPECT_EQ(-1, read(half_read, text, sizeof(text)));
+		EXPECT_EQ(EIO, errno);
+		EXPECT_EQ(0, close(opened));
+		if (round & 1)
+			EXPECT_EQ(0, close(half_read));
+		ASSERT_EQ(0, module_insert(path, self->size));
+		if (!(round & 1))
+			EXPECT_EQ(0, close(half_read));
 	}
 }
 

@@ -104,6 +104,11 @@ TEST_F(vram, touched_before)
 	for (size_t i = 0; i < pages; i += 3)
 		cpu_randomize(copy + i * page, page, i);
 
+	/* A read moves the pages that exist, a prefetch populates the others too. */
+	EXPECT_EQ(cpu_sum((uint64_t *)copy, length), vram_sum(self->fd, self->result, p, length));
+	EXPECT_EQ((pages + 2) / 3, stats_of(_metadata, self->fd).device_pages);
+	EXPECT_EQ(pages - (pages + 2) / 3,
+		  prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
 	EXPECT_EQ(cpu_sum((uint64_t *)copy, length), vram_sum(self->fd, self->result, p, length));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(length, cpu_differs(p, copy, length));
@@ -165,6 +170,7 @@ TEST_F(vram, zeroes)
 
 	p = map(self->size, PROT_READ | PROT_WRITE);
 	ASSERT_NE(MAP_FAILED, p);
+	EXPECT_EQ(self->size / page, prefetch_all(self->fd, p, self->size, DUMMY_GPU_PLACE_DEVICE));
 	EXPECT_EQ(0, vram_sum(self->fd, self->result, p, self->size));
 	EXPECT_EQ(self->size / page, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(BUFFER, cpu_unlike(p, 0, BUFFER));
@@ -176,6 +182,88 @@ TEST_F(vram, zeroes)
 	EXPECT_EQ(1, p[page + 5]);
 	EXPECT_EQ(page, cpu_unlike(p + page + 6, 0, page));
 	munmap(p, self->size);
+}
+
+/* The resident memory of this process, in pages. */
+static long resident(struct __test_metadata *_metadata)
+{
+	FILE *statm = fopen("/proc/self/statm", "re");
+	long pages = -1;
+
+	ASSERT_NE(NULL, statm);
+	ASSERT_EQ(1, fscanf(statm, "%*d %ld", &pages));
+	fclose(statm);
+	return pages;
+}
+
+/* A read by the device allocates no more than one by the CPU does, whatever the policy. */
+TEST_F(vram, a_read_populates_nothing)
+{
+	static const int policies[] = {
+		DUMMY_GPU_POLICY_DEVICE, DUMMY_GPU_POLICY_SYSTEM, DUMMY_GPU_POLICY_NONE,
+	};
+	const size_t length = 2 * self->size;
+
+	for (size_t i = 0; i < ARRAY_SIZE(policies); i++) {
+		uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+		struct dummy_gpu_stats stats;
+		long before;
+
+		ASSERT_NE(MAP_FAILED, p);
+		ASSERT_EQ(0, madvise(p, length, MADV_NOHUGEPAGE) && errno != EINVAL);
+		ASSERT_EQ(0, gpu_advise(self->fd, p, length, policies[i]));
+		/* Two pages exist, far from each other. */
+		p[0] = p[length - 1] = 1;
+		before = resident(_metadata);
+		EXPECT_EQ(1 + (1ULL << 56), vram_sum(self->fd, self->result, p, length));
+		/* The counter may lag behind by some pages for each CPU. */
+		EXPECT_GE(before + 256, resident(_metadata));
+		stats = stats_of(_metadata, self->fd);
+		EXPECT_EQ(i ? 0 : 2, stats.device_pages);
+		EXPECT_EQ(2, stats.pages_to_device);
+		EXPECT_EQ(0, stats.pages_evicted);
+		EXPECT_EQ(1, p[0]);
+		EXPECT_EQ(1, p[length - 1]);
+		EXPECT_EQ(0, stats_of(_metadata, self->fd).device_pages);
+		ASSERT_EQ(0, munmap(p, length));
+	}
+}
+
+/* For memory that cannot move no other process loses its pages on the device. */
+TEST_F(vram, no_eviction_for_what_does_not_move)
+{
+	uint8_t *victim = map_filled(_metadata, self->fd, self->size, 0x5a);
+	const size_t length = self->size / 2;
+	int file = temporary_file(length);
+	uint8_t *p = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+	int fd = gpu_open(GPU_DEVICE);
+	struct dummy_gpu_stats stats;
+
+	ASSERT_LE(0, fd);
+	ASSERT_NE(MAP_FAILED, p);
+	/* One page is the process's own, the others are the file's. */
+	p[0] = 1;
+	EXPECT_EQ(1, vram_sum(fd, self->result, p, length));
+	stats = stats_of(_metadata, fd);
+	EXPECT_EQ(1, stats.pages_to_device);
+	EXPECT_EQ(1, stats_of(_metadata, self->fd).pages_evicted);
+	munmap(p, length);
+
+	/* Untouched memory, and memory that KSM may merge, where there is KSM. */
+	p = map(length, PROT_READ | PROT_WRITE);
+	ASSERT_NE(MAP_FAILED, p);
+	EXPECT_EQ(0, vram_sum(fd, self->result, p, length));
+	memset(p, 2, length);
+	if (!madvise(p, length, MADV_MERGEABLE))
+		EXPECT_EQ(sum_of(2, length), vram_sum(fd, self->result, p, length));
+	stats = stats_of(_metadata, fd);
+	EXPECT_EQ(1, stats.pages_to_device);
+	EXPECT_EQ(1, stats_of(_metadata, self->fd).pages_evicted);
+	EXPECT_EQ(self->size, cpu_unlike(victim, 0x5a, self->size));
+	munmap(p, length);
+	munmap(victim, self->size);
+	close(fd);
+	close(file);
 }
 
 TEST_F(vram, policy_system)
@@ -873,7 +961,7 @@ TEST_F(vram, discard)
 	EXPECT_EQ(pages - 16, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(sum_of(0x51, length - 16 * page),
 		  vram_sum(self->fd, self->result, p, length));
-	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
+	EXPECT_EQ(pages - 16, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(8 * page, cpu_unlike(p, 0x51, 8 * page));
 	EXPECT_EQ(16 * page, cpu_unlike(p + 8 * page, 0, 16 * page));
 	EXPECT_EQ(40 * page, cpu_unlike(p + 24 * page, 0x51, 40 * page));
@@ -1626,6 +1714,85 @@ TEST_F(vram, threads)
 	EXPECT_LT(0, stats.pages_touched);
 	EXPECT_LT(0, stats.pages_to_system);
 	munmap(p, length);
+}
+
+/*
+ * Two device threads write one page of device memory a byte at a time: one the even
+ * bytes upwards, the other the odd bytes downwards, in all of the page or in smaller
+ * and smaller parts of it. So at least once in each round the two write different
+ * bytes of the same word at about the same time. A round is one submission for each.
+ */
+#define WRITER_BYTES	1024UL
+
+struct writer {
+	uint8_t *p;
+	int fd;
+	bool odd;
+	bool stop;
+	pthread_barrier_t *barrier;
+	int err;
+};
+
+static int write_half(struct writer *w, uint8_t value)
+{
+	struct dummy_gpu_command commands[WRITER_BYTES];
+	struct dummy_gpu_submit submit = gpu_submission(commands, WRITER_BYTES);
+	const size_t part = WRITER_BYTES >> value % 6;
+
+	for (size_t i = 0; i < WRITER_BYTES; i++) {
+		size_t at = w->odd ? 2 * (i ^ (part - 1)) + 1 : 2 * i;
+
+		commands[i] = gpu_fill(w->p + at, value, 1);
+	}
+	return gpu_submit(w->fd, &submit);
+}
+
+static void *write_thread(void *arg)
+{
+	struct writer *w = arg;
+
+	for (uint8_t value = 1; ; value++) {
+		pthread_barrier_wait(w->barrier);
+		if (w->stop)
+			return NULL;
+		w->err = w->err ?: write_half(w, value);
+		pthread_barrier_wait(w->barrier);
+	}
+}
+
+TEST_F(vram, writers_of_one_word)
+{
+	uint8_t *p = map_filled(_metadata, self->fd, page, 0);
+	struct writer even = { .p = p, .fd = self->fd };
+	struct writer odd = { .p = p, .fd = self->fd, .odd = true };
+	uint64_t start = microseconds();
+	pthread_barrier_t barrier;
+	pthread_t thread;
+	size_t same = 2 * WRITER_BYTES;
+
+	odd.barrier = &barrier;
+	ASSERT_EQ(0, pthread_barrier_init(&barrier, NULL, 2));
+	ASSERT_EQ(0, pthread_create(&thread, NULL, write_thread, &odd));
+	for (int round = 1; same == 2 * WRITER_BYTES && !even.err && !odd.err; round++) {
+		if (round > 10 && microseconds() - start > 2000000)
+			break;
+		pthread_barrier_wait(&barrier);
+		even.err = write_half(&even, round);
+		pthread_barrier_wait(&barrier);
+
+		/* The copy is in system memory. The page itself stays where it is. */
+		EXPECT_EQ(0, run(self->fd, gpu_unary(DUMMY_GPU_OP_COPY, self->result, p, page)));
+		same = cpu_unlike((uint8_t *)self->result, round, 2 * WRITER_BYTES);
+		EXPECT_EQ(2 * WRITER_BYTES, same) TH_LOG("round %d", round);
+	}
+	odd.stop = true;
+	pthread_barrier_wait(&barrier);
+	ASSERT_EQ(0, pthread_join(thread, NULL));
+	EXPECT_EQ(0, even.err);
+	EXPECT_EQ(0, odd.err);
+	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_touched);
+	munmap(p, page);
+	pthread_barrier_destroy(&barrier);
 }
 
 TEST_HARNESS_MAIN
