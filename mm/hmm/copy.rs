@@ -60,7 +60,7 @@ pub enum CopyOp<'a> {
     },
 }
 
-/// System memory that the pages of a run are to move to.
+/// System memory that the pages of a run are to move to, of the same length as the run.
 ///
 /// It can be written from its start to its end, once, and not be read: it may hold old data of
 /// others. A batch of which a byte is left has failed.
@@ -71,14 +71,7 @@ pub struct NewMemory<'a> {
 }
 
 impl NewMemory<'_> {
-    /// The bytes that are left to be written.
-    #[inline]
-    #[expect(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
-        self.left
-    }
-
-    /// Writes the next of them.
+    /// Writes the next of its bytes.
     ///
     /// # Errors
     ///

@@ -2,7 +2,7 @@
 """The export audit: what crosses the borders of the crate hmm, on either side, and who may link to it.
 
 audit/ has the lists: driver-symbols, what the driver may link to besides the exports; driver-own-pages, what
-it needs of mm's for pages of its own; unexported, what the crate reaches and a module does not;
+it needs of mm's all the same; unexported, what the crate reaches and a module does not;
 unused-items, what is public and not the driver's; and the modules that are linked."""
 
 import glob

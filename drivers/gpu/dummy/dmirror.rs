@@ -6,8 +6,8 @@
 //! `/dev/hmm_dmirrorN` is another node of instance N. Reads and checks what user space passes, and
 //! calls [`Svm`], as `uapi` does for the GPU's own node; there is no way into `hmm` but that. What
 //! differs from the test driver: only the process that opened a node may use it; pages that have
-//! migrated stay in the GPU's memory when the node is closed; nothing migrates of a range of which a
-//! part cannot be read, as far as a look without a fault tells. As with the test driver, READ and
+//! migrated stay in the GPU's memory when the node is closed; nothing migrates of a range of which
+//! a part cannot be read, as far as a look without a fault tells. As with the test driver, READ and
 //! WRITE leave pages where they are.
 //!
 //! C header: [`lib/test_hmm_uapi.h`](srctree/lib/test_hmm_uapi.h)

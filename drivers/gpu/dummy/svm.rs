@@ -173,7 +173,8 @@ pub(crate) struct Svm {
 }
 
 impl Svm {
-    /// Opens the address space of the current task to the GPU. All addresses have `policy` at first.
+    /// Opens the address space of the current task to the GPU. All addresses have `policy` at
+    /// first.
     ///
     /// # Errors
     ///

@@ -101,8 +101,8 @@ impl Vram {
         PageRange::from_len(range.start(), range.len().min(self.size / 8))
     }
 
-    /// Moves the pages of `range` that can be moved here, on `account`. `holes` says what happens to
-    /// pages that the process has not touched yet.
+    /// Moves the pages of `range` that can be moved here, on `account`. `holes` says what happens
+    /// to pages that the process has not touched yet.
     ///
     /// # Errors
     ///
