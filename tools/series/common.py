@@ -25,7 +25,7 @@ def clean_env():
     Without what make passes down, without what would redirect a kernel build, and with no
     personal git configuration: the same input gives the same commits and patches everywhere.
     """
-    drop = re.compile(r"(MAKE.*|MFLAGS|GNUMAKEFLAGS|JOBS|TREE|FILE|RUN|ARGS|DRIVER|KVM|DEBUG|SAMPLE|UPDATE|KERNEL_TREE|O|V|W|C|M|"
+    drop = re.compile(r"(MAKE.*|MFLAGS|GNUMAKEFLAGS|JOBS|TREE|FILE|RUN|ARGS|DRIVER|KVM|DEBUG|SAMPLE|MM|UPDATE|KERNEL_TREE|O|V|W|C|M|"
                       r"ARCH|SUBARCH|CROSS_COMPILE|CC|LD|HOSTCC|LLVM|CLIPPY|K[A-Z]*FLAGS|KBUILD_.*|"
                       r"KCONFIG_.*|INSTALL_.*|GIT_.*|QUILT_.*|LC_.*|LANG|LANGUAGE)")
     env = {k: v for k, v in os.environ.items() if not drop.fullmatch(k)}
