@@ -528,6 +528,7 @@ pub(crate) fn vma_for(guard: &MmapReadGuard<'_>, va: usize, access: Access) -> R
 }
 
 /// As [`vma_for`], for a caller that does not hold `mmap_lock`. [`EINTR`] on a fatal signal.
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub(crate) fn vma_at(mm: &MmWithUser, va: usize, access: Access) -> Result<PageRange> {
     vma_for(&mm.mmap_read_lock_killable()?, va, access)
 }
