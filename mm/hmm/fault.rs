@@ -500,7 +500,8 @@ pub(crate) fn clamp_order(window: PageRange, va: usize, order: u32) -> u32 {
 fn allowed_access(vma: &VmaRef) -> Option<Access> {
     // SAFETY: The VMA is valid, since there is a reference to it.
     let is_secret = unsafe { bindings::vma_is_secretmem(vma.as_ptr()) };
-    // SAFETY: As above. The access is no instruction fetch, and is made for the current task.
+    // SAFETY: The VMA is valid, since there is a reference to it. The access is no instruction
+    // fetch, and is made for the current task.
     let permits =
         |write| unsafe { bindings::arch_vma_access_permitted(vma.as_ptr(), write, false, false) };
     let has = |flag| vma.flags() & flag != 0;

@@ -998,7 +998,7 @@ impl Mirror {
                 (State::Present(_), Some(raw)) => {
                     // SAFETY: The page is there, and cannot go while the region's lock is held.
                     let page = unsafe { bindings::hmm_pfn_to_page(raw) };
-                    // SAFETY: As above: the page is valid.
+                    // SAFETY: The page is valid, and stays so while the region's lock is held.
                     let (is_own, is_anon, is_zero) = unsafe {
                         (
                             Pool::owns(owner, page),

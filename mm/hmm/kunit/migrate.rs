@@ -693,7 +693,7 @@ mod tests {
             // The page of the pool that holds the first page of the window.
             // SAFETY: The page is in use, and stays so while there is a reference to it.
             let page = unsafe { bindings::pfn_to_page(pfns[0]) } as usize;
-            // SAFETY: As above.
+            // SAFETY: The page is in use by the process, which has not touched it since.
             unsafe { bindings::folio_get((page as *mut bindings::page).cast()) };
             system_dfl().try_spawn(GFP_KERNEL, move || {
                 fsleep(Delta::from_millis(20));
