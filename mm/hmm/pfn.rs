@@ -177,6 +177,7 @@ impl Pfn {
     }
 
     /// The pfn, if the page is there.
+    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
     #[inline]
     pub(crate) const fn pfn(self) -> Option<usize> {
         match self.present() {
