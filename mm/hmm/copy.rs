@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a device is asked to copy: batches of runs of pages, between RAM and its own memory.
+//! Batches of pages that a device copies between system memory and its own memory.
 //!
-//! The one view that a driver gets of pages that migrate. It sees bytes of RAM and addresses in its
-//! memory, for as long as a batch lasts; the core has the pages locked and unmapped meanwhile.
+//! A driver sees migrating pages only in this form: as bytes of system memory and addresses in the
+//! device's memory. It has access to them until [`PoolOps::copy`](super::PoolOps::copy) returns.
+//! The core keeps the pages locked and unmapped meanwhile.
 
 use core::{
     cell::Cell,
@@ -15,7 +16,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// A range of a device's memory made of whole pages, in bytes from its start.
+/// A page-aligned range of a device's memory.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRange {
     start: usize,
@@ -23,7 +24,7 @@ pub struct DeviceRange {
 }
 
 impl DeviceRange {
-    /// The first byte.
+    /// The offset of the range from the start of the device's memory, in bytes.
     #[inline]
     pub fn start(&self) -> usize {
         self.start
@@ -37,33 +38,39 @@ impl DeviceRange {
     }
 }
 
-/// One of the things to be done for a [`CopyBatch`].
+/// One operation of a [`CopyBatch`], for a run of pages.
 pub enum CopyOp<'a> {
-    /// Copy from RAM to the device. Both have the same length.
+    /// Copy from system memory to the device. Both sides have the same length.
     ToDevice {
-        /// Where from.
+        /// The source.
         from: &'a [u8],
-        /// Where to.
+        /// The destination.
         to: DeviceRange,
     },
-    /// Copy from the device to RAM. Both have the same length.
+    /// Copy from the device to system memory. Both sides have the same length.
     ToRam {
-        /// Where from.
+        /// The source.
         from: DeviceRange,
-        /// Where to.
+        /// The destination.
         to: NewMemory<'a>,
     },
-    /// Fill the device's memory with zeroes: what was never written reads as zero.
+    /// Fill the device's memory with zeroes. The pages have no source, since the process has not
+    /// written to them yet.
     Zero {
-        /// What to fill.
+        /// The destination.
         to: DeviceRange,
     },
 }
 
-/// System memory that the pages of a run are to move to, of the same length as the run.
+/// New pages of system memory, the destination of a run of pages.
 ///
-/// It can be written from its start to its end, once, and not be read: it may hold old data of
-/// others. A batch of which a byte is left has failed.
+/// The driver writes the memory once, from its start to its end. It cannot read the memory, which
+/// may hold old data of other processes. If the driver does not write all bytes, the batch fails.
+///
+/// # Invariants
+///
+/// The `left` bytes from `start` are valid for writes until the [`CopyBatch`] ends, and nobody else
+/// accesses them.
 pub struct NewMemory<'a> {
     start: *mut u8,
     left: usize,
@@ -71,21 +78,22 @@ pub struct NewMemory<'a> {
 }
 
 impl NewMemory<'_> {
-    /// Writes the next of its bytes.
+    /// Writes `bytes` after those that were written before.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if `bytes` are more than are left; nothing is written then.
+    /// [`EINVAL`] if there is no room for all of `bytes`. Nothing is written then.
     #[inline]
     pub fn write(&mut self, bytes: &[u8]) -> Result {
         self.left = self.left.checked_sub(bytes.len()).ok_or(EINVAL)?;
-        // SAFETY: By the invariants of `CopyBatch`, from which this is, the memory is valid for
-        // writes by nobody else; as checked above there is room for `bytes`, which cannot overlap
-        // it.
+        // SAFETY: The memory is valid for writes and nobody else accesses it (see the type
+        // invariants), so `bytes` does not overlap it. The check above ensures that there is room
+        // for `bytes`.
         unsafe {
             self.start
                 .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
         };
+        // INVARIANT: `left` was reduced by the same number of bytes.
         self.start = self.start.wrapping_add(bytes.len());
         self.written.set(self.written.get() + bytes.len());
         Ok(())
@@ -95,15 +103,16 @@ impl NewMemory<'_> {
 /// A page to be copied.
 #[derive(Copy, Clone)]
 pub(crate) struct PageCopy {
-    /// The page's place in the device's memory, in bytes.
+    /// The offset of the page in the device's memory, in bytes.
     pub(crate) device: usize,
-    /// The page of RAM, or null where there is none.
+    /// The address of the page of system memory, or null if there is no source.
     pub(crate) ram: *mut u8,
-    /// Which of the pages that migrate it is, for whoever made the batch.
+    /// The index of the page in the arrays of its migration. The batch does not use it.
     pub(crate) index: usize,
 }
 
-// SAFETY: It is an address, not used but while the page at it is a batch's.
+// SAFETY: `ram` is only an address. Only a `CopyBatch` dereferences it, whose creator ensures that
+// the page is valid.
 unsafe impl Send for PageCopy {}
 
 impl PageCopy {
@@ -113,7 +122,7 @@ impl PageCopy {
         index: 0,
     };
 
-    /// Whether the page `n` after this one would be `other`, on both sides.
+    /// Whether `other` is the page `n` pages after this one, on both sides.
     #[inline]
     fn continues(&self, n: usize, other: &Self) -> bool {
         other.device == self.device + n * PAGE_SIZE
@@ -124,34 +133,39 @@ impl PageCopy {
     }
 }
 
-/// Pages to be copied one way, as an iterator over runs that are contiguous on both sides.
+/// Pages to be copied in one direction: an iterator over runs of pages that are contiguous on both
+/// sides.
 ///
-/// The batch is done when the iterator is at its end, all [`NewMemory`] was written and the driver
-/// says so: else it has failed.
+/// A batch succeeds if [`PoolOps::copy`](super::PoolOps::copy) returns [`Ok`], has taken all items
+/// of the iterator and has written all bytes of each [`NewMemory`]. Otherwise the batch fails.
 ///
 /// # Invariants
 ///
-/// Where `ram` of a page is not null it is the address of a page that is valid for reads, or where
-/// the pages go to RAM for writes, by nobody else, for `'a`; where they go to RAM none is null. No
-/// page of RAM is in it twice.
+/// - On the way to the device, `ram` of each page is null or the address of a page that is valid
+///   for reads for `'a` and that nobody writes meanwhile.
+/// - On the way to system memory, `ram` of each page is the address of a page that is valid for
+///   writes for `'a` and that nobody else accesses meanwhile.
+/// - No page of system memory occurs twice.
 pub struct CopyBatch<'a> {
     pages: &'a [PageCopy],
     to_device: bool,
-    /// The bytes of new memory that were written.
+    /// The number of bytes that were written to [`NewMemory`].
     written: &'a Cell<usize>,
     _ram: PhantomData<&'a mut [u8]>,
 }
 
 impl<'a> CopyBatch<'a> {
+    /// Creates a batch. `written` counts the bytes that are written to [`NewMemory`].
+    ///
     /// # Safety
     ///
-    /// `pages` are as the type invariants ask for.
+    /// `pages` must satisfy the type invariants for the direction that `to_device` says.
     pub(crate) unsafe fn new(
         pages: &'a [PageCopy],
         to_device: bool,
         written: &'a Cell<usize>,
     ) -> Self {
-        // INVARIANT: By the safety requirements.
+        // INVARIANT: The caller ensures that `pages` satisfies them (see the # Safety section).
         Self {
             pages,
             to_device,
@@ -173,7 +187,7 @@ impl<'a> Iterator for CopyBatch<'a> {
             .enumerate()
             .take_while(|(n, page)| first.continues(*n, page))
             .count();
-        // INVARIANT: The pages that are left are some of those there were; each is taken once.
+        // INVARIANT: The remaining pages satisfied the invariants before.
         self.pages = self.pages.get(run..)?;
 
         let device = DeviceRange {
@@ -183,14 +197,16 @@ impl<'a> Iterator for CopyBatch<'a> {
         Some(match (self.to_device, first.ram.is_null()) {
             (true, true) => CopyOp::Zero { to: device },
             (true, false) => CopyOp::ToDevice {
-                // SAFETY: By the type invariants the pages are valid for reads and nobody writes
-                // them; they are adjacent.
+                // SAFETY: The pages are valid for reads and nobody writes them (see the type
+                // invariants). `continues()` has checked that they are adjacent.
                 from: unsafe { slice::from_raw_parts(first.ram, device.len) },
                 to: device,
             },
             (false, _) => CopyOp::ToRam {
                 from: device,
-                // The pages are adjacent, and not handed out again.
+                // INVARIANT: The pages are valid for writes and nobody else accesses them (see the
+                // invariants of `CopyBatch`). `continues()` has checked that they are adjacent. The
+                // iterator returns each page once.
                 to: NewMemory {
                     start: first.ram,
                     left: device.len,

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The entry store of a region: what the device may see at each page.
+//! The entries of a region: the access that the device has to each page.
 //!
-//! Lives under the region's lock. It holds no page references: an entry is good for as long as the
-//! lock is held, since the notifier erases it before mm lets the page go. Nothing here allocates
-//! under the lock; a leaf is brought along by whoever installs entries.
+//! The region's lock protects the entries. An entry holds no reference to its page: the notifier
+//! callback takes the lock for write and erases the entry before mm unmaps the page, so an entry is
+//! valid for as long as the lock is held. Nothing here allocates memory with the lock held; the
+//! caller of [`Entries::install`] allocates a leaf beforehand.
 
 use super::{
     pfn::{
         Access,
-        Pfn, //
+        HmmPfn, //
     },
     pool::Pool,
-    range::PageRange,
+    range::PageRange, //
 };
 use kernel::{
     bindings,
@@ -24,30 +25,34 @@ use kernel::{
 };
 use pin_init::init_zeroed;
 
-/// The number of pages of a leaf is `2^LEAF_ORDER`: a leaf takes a page, and its pages are 2 MiB
-/// where pages have 4 KiB.
-pub(crate) const LEAF_ORDER: u32 = (PAGE_SIZE / size_of::<Pfn>()).ilog2();
+/// A leaf has the entries of `2^LEAF_ORDER` pages, as many as fit into one page: those of 2 MiB
+/// with 4 KiB pages.
+pub(crate) const LEAF_ORDER: u32 = (PAGE_SIZE / size_of::<HmmPfn>()).ilog2();
 
 const LEAF_PAGES: usize = 1 << LEAF_ORDER;
 const LEAF_BYTES: usize = PAGE_SIZE << LEAF_ORDER;
 
 /// The entries of an aligned block of [`LEAF_PAGES`] pages.
 #[derive(Zeroable)]
-pub(crate) struct Leaf([Pfn; LEAF_PAGES]);
+pub(crate) struct Leaf([HmmPfn; LEAF_PAGES]);
 
 impl Leaf {
-    /// A leaf without an entry: [`Pfn::NONE`] is zero.
+    /// Creates a leaf without entries.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new() -> Result<KBox<Self>> {
-        // In place: it is too large for a stack.
+        // `HmmPfn::NONE` is zero. Initialise in place, since a leaf is too large for the stack.
         KBox::init(init_zeroed(), GFP_KERNEL_ACCOUNT)
     }
 
     fn is_empty(&self) -> bool {
-        self.0.iter().all(|pfn| *pfn == Pfn::NONE)
+        self.0.iter().all(|pfn| *pfn == HmmPfn::NONE)
     }
 }
 
-/// Where a page is.
+/// The memory that a page belongs to.
 #[derive(Copy, Clone, PartialEq, Eq)]
 enum Place {
     Ram,
@@ -58,16 +63,21 @@ enum Place {
 ///
 /// # Invariants
 ///
-/// Every entry of a leaf but [`Pfn::NONE`] was reported by `hmm_range_fault()`, and was not
-/// invalidated since. It says that the page is the device's where it is one of a pool, and nowhere
-/// else; any other page is in the kernel's direct map.
+/// For every entry but [`HmmPfn::NONE`]: `hmm_range_fault()` reported it, and it has not been
+/// invalidated since. It is marked as a device page ([`HmmPfn::is_device`]) if and only if the page
+/// belongs to the pool of the mirror. All other pages are in the kernel's direct map.
 pub(crate) struct Entries {
     range: PageRange,
     leaves: KVec<Option<KBox<Leaf>>>,
 }
 
 impl Entries {
-    /// Creates an empty store. `range` is a multiple of a leaf.
+    /// Creates the store for `range`, without entries. `range` must start and end at the boundary
+    /// of a leaf.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(range: PageRange) -> Result<Self> {
         let leaves = range.len() / LEAF_BYTES;
         let mut this = Self {
@@ -80,50 +90,54 @@ impl Entries {
         Ok(this)
     }
 
-    /// How many leaves there are.
+    /// The number of leaves that are allocated.
     #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
     pub(crate) fn leaves(&self) -> usize {
         self.leaves.iter().flatten().count()
     }
 
-    /// The position of `va`: its leaf, and the page in it.
+    /// The index of the leaf that has the entry of `va`, and the index of the entry in the leaf.
     fn position(&self, va: usize) -> Option<(usize, usize)> {
         let page = self.range.index_of(va)?;
         Some((page / LEAF_PAGES, page % LEAF_PAGES))
     }
 
-    fn get(&self, va: usize) -> Pfn {
+    fn get(&self, va: usize) -> HmmPfn {
         let Some((leaf, page)) = self.position(va) else {
-            return Pfn::NONE;
+            return HmmPfn::NONE;
         };
         match self.leaves.get(leaf) {
             Some(Some(leaf)) => leaf.0[page],
-            _ => Pfn::NONE,
+            _ => HmmPfn::NONE,
         }
     }
 
-    /// Replaces the entries of `range`, which lies in one leaf; `pfns` has one element a page.
+    /// Replaces the entries of `range`, which lies in one leaf. `pfns` has one element for each
+    /// page.
     ///
-    /// What is no page replaces nothing. Where there is an entry it was not invalidated, so the
-    /// page is exclusive to the device, which mm reports as a hole.
+    /// A hole or an error in `pfns` does not replace an entry. mm reports a page that is exclusive
+    /// to the device as a hole; if the page were really gone, the notifier callback would have
+    /// erased the entry already.
     ///
-    /// Takes `spare` if that leaf does not exist yet, and gives it back if it stays empty.
+    /// Uses `spare` if the leaf does not exist yet. Puts the leaf back into `spare` if it has no
+    /// entry.
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`] if the leaf does not exist and there is no spare one, [`EINVAL`] if `range` is
-    /// not of this region or reaches past its leaf. Nothing is changed then.
+    /// [`ENOMEM`] if the leaf does not exist and there is no spare leaf, [`EINVAL`] if `range` does
+    /// not start in the region or reaches past the leaf. No entry has changed then.
     ///
     /// # Safety
     ///
-    /// `hmm_range_fault()` reported `pfns` for `range`, and no invalidation collided with it since:
-    /// the region's lock is held for write and `mmu_interval_read_retry()` returned false under it.
-    /// Those that [`Pool::owns`] says are of a pool are marked so, and the others are in the direct
-    /// map.
+    /// - `hmm_range_fault()` reported `pfns` for `range`, and no invalidation has collided with the
+    ///   report: the region's lock is held for write, and `mmu_interval_read_retry()` returned
+    ///   false with the lock held.
+    /// - The pages of the mirror's pool, as told by [`Pool::owns`], are marked as device pages, and
+    ///   no others. All others are in the kernel's direct map.
     pub(crate) unsafe fn install(
         &mut self,
         range: PageRange,
-        pfns: impl Iterator<Item = Pfn>,
+        pfns: impl Iterator<Item = HmmPfn>,
         spare: &mut Option<KBox<Leaf>>,
     ) -> Result {
         let (leaf, page) = self.position(range.start()).ok_or(EINVAL)?;
@@ -141,7 +155,9 @@ impl Entries {
             .zip(pfns)
             .filter(|(_, pfn)| pfn.present().is_some())
         {
-            // INVARIANT: By the safety requirements.
+            // INVARIANT: hmm_range_fault() reported `pfn` and no invalidation has collided. Pages
+            // of the pool are marked, and the others are in the direct map (see the # Safety
+            // section).
             *slot = pfn;
         }
         if leaf.is_empty() {
@@ -150,8 +166,8 @@ impl Entries {
         Ok(())
     }
 
-    /// Erases the entries of `range`, and frees the leaves that have none any more, so that memory
-    /// which a process has unmapped costs no more than its region. Returns how many there were.
+    /// Erases the entries of `range`. Frees leaves without entries, so that a process cannot keep
+    /// memory allocated for pages that it has unmapped. Returns the number of entries erased.
     pub(crate) fn erase(&mut self, range: PageRange) -> usize {
         let mut erased = 0;
         let mut va = range.start();
@@ -163,8 +179,8 @@ impl Entries {
             if let Some(slot) = self.leaves.get_mut(leaf) {
                 if let Some(leaf) = slot {
                     let pfns = &mut leaf.0[page..page + pages];
-                    erased += pfns.iter().filter(|pfn| **pfn != Pfn::NONE).count();
-                    pfns.fill(Pfn::NONE);
+                    erased += pfns.iter().filter(|pfn| **pfn != HmmPfn::NONE).count();
+                    pfns.fill(HmmPfn::NONE);
                 }
                 slot.take_if(|leaf| leaf.is_empty());
             }
@@ -173,36 +189,42 @@ impl Entries {
         erased
     }
 
-    /// Copies from the page of `va` to `buf`, which does not reach past that page.
+    /// Copies the bytes at `va` to `buf`.
     ///
-    /// Returns `false`, and copies nothing, if there is no entry to read.
+    /// Returns `false`, and copies nothing, if the entry of the page does not allow a read or the
+    /// bytes reach past the page.
     #[must_use]
     pub(crate) fn read(&self, va: usize, buf: &mut [u8]) -> bool {
         let Some((page, place)) = self.page(va, buf.len(), Access::Read) else {
             return false;
         };
         if place == Place::Device {
-            // SAFETY: The page is one of the device, by the type invariants, and as below.
+            // SAFETY: `page()` checked that the bytes lie in one page. The type invariants say that
+            // a page marked as a device page belongs to the pool. It is not freed while the
+            // region's lock is held, since the notifier callback takes the lock for write before
+            // mm unmaps the page.
             unsafe { Pool::read(page, va & !PAGE_MASK, buf) };
             return true;
         }
         // SAFETY:
-        // - `page()` checked that the bytes lie in one page, and that the page may be read: it is
-        //   mapped by the process and stays so while the lock is held, since the notifier takes the
-        //   lock for write before mm unmaps it.
-        // - The kernel can reach it, by the type invariants.
+        // - `page()` checked that the bytes lie in one page, and that the page may be read. It is
+        //   not freed while the region's lock is held, since the notifier callback takes the lock
+        //   for write before mm unmaps the page.
+        // - The type invariants say that a page that is not a device page is in the direct map.
         // - `buf` is valid for writes of its length.
-        // - The process and other devices may write the page meanwhile. C copies the bytes, and
-        //   they are only bytes: whatever is torn is torn by the program's own race.
+        // - The process and other devices may write to the page at the same time. C code copies
+        //   the bytes, and any byte value is valid in `buf`, so such a race can only mix old and
+        //   new bytes.
         unsafe {
             bindings::memcpy_from_page(buf.as_mut_ptr().cast(), page, va & !PAGE_MASK, buf.len())
         };
         true
     }
 
-    /// Copies `buf` to the page of `va`, past which it does not reach.
+    /// Copies `buf` to the bytes at `va`, and marks the folio dirty.
     ///
-    /// Returns `false`, and copies nothing, if there is no entry to write.
+    /// Returns `false`, and copies nothing, if the entry of the page does not allow a write or the
+    /// bytes reach past the page.
     #[must_use]
     pub(crate) fn write(&self, va: usize, buf: &[u8]) -> bool {
         let Some((page, place)) = self.page(va, buf.len(), Access::Write) else {
@@ -210,30 +232,36 @@ impl Entries {
         };
         let offset = va & !PAGE_MASK;
         match place {
-            // SAFETY: As in `read()`, with `Access::Write`.
+            // SAFETY: `page()` checked that the bytes lie in one page. The type invariants say that
+            // a page marked as a device page belongs to the pool. It is not freed while the
+            // region's lock is held.
             Place::Device => unsafe { Pool::write(page, offset, buf) },
-            // SAFETY: As in `read()`, with `Access::Write`; `buf` is valid for reads of its length.
+            // SAFETY: `page()` checked that the bytes lie in one page, and that the page may be
+            // written. It is not freed while the region's lock is held. The type invariants say
+            // that it is in the direct map. `buf` is valid for reads of its length. C code copies
+            // the bytes, so a concurrent access by the process can only mix old and new bytes.
             Place::Ram => unsafe {
                 bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len())
             },
         }
-        // A writable PTE may be clean (a page read from swap, say): without this, reclaim would
-        // drop what the device wrote. The page cannot be truncated while the lock is held, so the
-        // page lock is not needed, as under a page table's lock.
+        // A writable PTE may be clean, for example after a swap-in. If the folio were not marked
+        // dirty, reclaim would then drop what the device wrote. The page cannot be truncated while
+        // the region's lock is held, so the folio lock is not needed, just as it is not needed
+        // under a page table lock.
         //
-        // SAFETY: The page is valid, as above.
+        // SAFETY: The page is not freed while the region's lock is held.
         unsafe { bindings::folio_mark_dirty(bindings::page_folio(page)) };
         true
     }
 
-    /// The page at `va`, if `len` bytes from there lie in it and there is an entry for `access`.
+    /// The page at `va`, if its entry allows `access` and the `len` bytes at `va` lie in it.
     fn page(&self, va: usize, len: usize, access: Access) -> Option<(*mut bindings::page, Place)> {
         let pfn = self.get(va);
         if (va & !PAGE_MASK) + len > PAGE_SIZE || !pfn.allows(access) {
             return None;
         }
-        // SAFETY: By the type invariants, the entry was reported by `hmm_range_fault()`, with
-        // HMM_PFN_VALID since access is allowed.
+        // SAFETY: The type invariants say that hmm_range_fault() reported the entry. `present()`
+        // returns only entries with HMM_PFN_VALID, so the pfn is that of a page.
         let page = unsafe { bindings::hmm_pfn_to_page(pfn.present()?) };
         let place = match pfn.is_device() {
             true => Place::Device,

@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pages that only the device may access, until the CPU wants them back: what atomic operations of
-//! a device need that the CPU's do not see.
+//! Exclusive access of a device to pages, until a CPU accesses them. A device needs this for atomic
+//! operations that would not be atomic with respect to a CPU.
 //!
-//! mm takes the page out of the process's page table and leaves an entry there that traps the CPU.
-//! Whatever ends it is an invalidation like any other: the CPU's touch, `mprotect()`, `fork()`.
-//! The one event that must not count as one is that with which it begins.
+//! mm replaces the page table entry of the page by one that makes a CPU access fault. The exclusive
+//! access ends with any invalidation: by a CPU access, `mprotect()` or `fork()`, for example. Only
+//! the event with which the exclusive access begins must not count as an invalidation.
 //!
 //! C source: `make_device_exclusive()` in [`mm/rmap.c`](srctree/mm/rmap.c)
 
 use super::{
-    fault::{
+    callback::Callback,
+    hmm_range::{
         populate,
-        vma_at,
-        vma_for,
         Deadline,
         FaultBuf,
         DEFAULT_TIMEOUT_MS, //
     },
-    mirror::{
-        Mirror,
-        Region, //
-    },
+    mirror::Mirror,
     pfn::{
         Access,
-        Pfn, //
+        HmmPfn, //
     },
     range::PageRange,
+    region::Region,
+    vma::{
+        vma_at,
+        vma_for, //
+    }, //
 };
 use core::{
     marker::PhantomData,
@@ -58,43 +59,48 @@ impl ExclusivePage<'_> {
     }
 }
 
-/// A folio with a page that was made exclusive. While it is locked the CPU does not get it back.
+/// The folio of a page that was made exclusive. A CPU cannot get the page back while it is locked.
 ///
 /// # Invariants
 ///
-/// The folio is locked, and there is a reference to it.
+/// The folio is locked, and this holds a reference to it.
 struct LockedFolio(NonNull<bindings::folio>);
 
 impl Drop for LockedFolio {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants.
+        // SAFETY: The type invariants say that the folio is locked.
         unsafe { bindings::folio_unlock(self.0.as_ptr()) };
-        // SAFETY: By the type invariants; this gives the reference up.
+        // SAFETY: The type invariants say that this holds a reference, which is not used
+        // afterwards.
         unsafe { bindings::folio_put(self.0.as_ptr()) };
     }
 }
 
 impl Mirror {
-    /// Makes the page of `va` exclusive to the device and calls `f` with the proof, once; returns
-    /// what it returns.
+    /// Makes the page that contains `va` exclusive to the device, and calls `f` once with the
+    /// [`ExclusivePage`]. Returns what `f` returns.
     ///
-    /// From then on the CPU waits when it touches the page, until
-    /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) has been called for it. Who had a
-    /// reference to the page before (O_DIRECT, say) still has it.
+    /// A CPU that accesses the page then waits until
+    /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) has been called for it. This does
+    /// not stop accesses through references that somebody had taken before, for O_DIRECT for
+    /// example.
     ///
     /// # Context
     ///
-    /// As for [`Mirror::fault`], but `f` runs with `mmap_lock` and the page's lock held too.
+    /// As for [`Mirror::fault`], but `f` also runs with `mmap_lock` held and the folio of the page
+    /// locked.
     ///
     /// # Errors
     ///
-    /// - [`EPERM`] if the current task's address space is another, or if the process may not write
-    ///   the page.
+    /// - [`EPERM`] if the current task has another address space, or if the process may not write
+    ///   to the page.
     /// - [`EFAULT`] if there is no memory that the process may read.
     /// - [`EOPNOTSUPP`] if the page is one of a file, of shared memory or of hugetlbfs.
     /// - [`EINTR`] if the task received a fatal signal.
-    /// - [`EBUSY`] if invalidations kept colliding.
-    /// - [`ENOMEM`] if memory for the page, or for the region, is not to be had.
+    /// - [`EBUSY`] if invalidations kept colliding until the default time limit for retries had
+    ///   passed.
+    /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
+    /// - [`ENOMEM`] if there is no memory for the page or for the region.
     #[inline]
     pub fn make_exclusive<R>(
         &self,
@@ -107,24 +113,25 @@ impl Mirror {
         mirror_make_exclusive(self, va, buf, &mut |page| {
             result = f.take().map(|f| f(page));
         })?;
-        // It succeeds only after it has called the closure.
+        // `mirror_make_exclusive()` succeeds only after it has called the closure.
         result.ok_or(EIO)
     }
 }
 
 #[inline(never)]
-#[export_name = "hmm_mirror_make_exclusive"]
+#[export_name = "rust_hmm_mirror_make_exclusive"]
 fn mirror_make_exclusive(
     mirror: &Mirror,
     va: usize,
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result {
-    // Only the last page of all can make this fail, which is not the process's.
+    Callback::refuse()?;
+    // This can only fail for the last page of all addresses, which is never one of a process.
     let page = PageRange::containing(va, 1).map_err(|_| EFAULT)?;
     let current = kernel::current!();
     let mm = mirror.current_mm(current.mm())?;
-    // Before a region is made: an address where nothing is mapped leaves nothing behind.
+    // Do not create a region for an address where nothing is mapped.
     vma_at(mm, page.start(), Access::Write)?;
     let region = mirror.region_or_insert(mm, page.start())?;
 
@@ -132,8 +139,9 @@ fn mirror_make_exclusive(
     buf.retries = 0;
     loop {
         buf.bring_leaf()?;
-        // Make the page writable first, migrate it to system memory if it is a device's, and end
-        // the exclusive access of others: all of this would collide with the sequence later.
+        // Make the page writable, migrate it to system memory if it is in the memory of a device,
+        // and end the exclusive access of other devices. If this was left to
+        // make_device_exclusive(), its invalidations would collide.
         let populated = populate(
             mm,
             &region,
@@ -149,7 +157,8 @@ fn mirror_make_exclusive(
                     return Ok(());
                 }
             }
-            // One long invalidation may have taken all of the time: `retry()` decides.
+            // mm may have spent all of its time waiting for one long invalidation. `retry()`
+            // decides whether to give up.
             Err(err) if err == EBUSY => {}
             Err(err) => return Err(err),
         }
@@ -157,8 +166,8 @@ fn mirror_make_exclusive(
     }
 }
 
-/// Makes `page` exclusive, of which `buf` has a report with the sequence `seq`, and calls `f`. Does
-/// not, and returns `false`, if an invalidation has collided.
+/// Makes `page` exclusive to the device and calls `f`. `buf` has a report of the page with the
+/// notifier sequence `seq`. Returns `false`, without calling `f`, if an invalidation has collided.
 fn make_exclusive(
     mm: &MmWithUser,
     region: &Region,
@@ -170,27 +179,32 @@ fn make_exclusive(
     let guard = mm.mmap_read_lock_killable()?;
     vma_for(&guard, page.start(), Access::Write)?;
     let mut folio = null_mut();
-    // SAFETY: The mm has users, and mmap_lock is held.
+    // SAFETY: The mm has users, and `guard` holds its mmap_lock.
     let made = from_err_ptr(unsafe {
         bindings::make_device_exclusive(mm.as_raw(), page.start(), region.as_owner(), &mut folio)
     });
-    // INVARIANT: It was locked and given a reference, unless there is an error.
+    // INVARIANT: If make_device_exclusive() succeeds, it has locked the folio and taken a
+    // reference.
     let locked = made.map(|_| NonNull::new(folio).map(LockedFolio));
 
-    // The page is locked: no CPU has taken it back. What else may have taken it away has collided.
+    // No CPU can have got the page back, since its folio is locked. Any other change of the page
+    // has bumped the sequence. Retry in this case, even if make_device_exclusive() has failed.
     let Some(mut entries) = region.lock_unless_stale(seq)? else {
         return Ok(false);
     };
     let locked = locked?;
-    let pfn = buf.pfns.first().map(|&raw| Pfn::from_output(raw));
-    // SAFETY: The page was reported with `seq`, and nothing but what made it exclusive has happened
-    // to it since: the region's lock is held for write. It is anonymous, so none of a pool (these
-    // came home), and in the direct map.
+    let pfn = buf.pfns.first().map(|&raw| HmmPfn::from_output(raw));
+    // SAFETY: The page was reported with `seq`. The region's lock is held for write, and the event
+    // that made the page exclusive is the only one since then. The page is anonymous, so it is in
+    // the direct map. It is not of a pool, since populate() without an owner has migrated it from
+    // there.
     unsafe { entries.install(page, pfn.into_iter(), &mut buf.spare) }?;
+    let callback = Callback::begin();
     f(&ExclusivePage {
         va: page.start(),
         _commit: PhantomData,
     });
+    drop(callback);
     drop(entries);
     drop(locked);
     drop(guard);

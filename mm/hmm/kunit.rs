@@ -2,6 +2,7 @@
 
 //! KUnit suites, named after the source files of the crate.
 
+mod callback;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod device;
 mod entries;
@@ -9,7 +10,7 @@ mod entries;
 mod exclusive;
 mod fault;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
-pub(crate) mod migrate;
+mod migrate;
 mod mirror;
 mod pfn;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
@@ -19,12 +20,12 @@ mod range;
 mod slots;
 
 use super::{
-    mirror::{
+    range::PageRange,
+    region::{
         Invalidate,
         Invalidated,
         MirrorOps, //
-    },
-    range::PageRange,
+    }, //
 };
 use kernel::{
     kunit::user_mm::{
@@ -41,14 +42,14 @@ use kernel::{
     uaccess::{
         UserPtr,
         UserSlice, //
-    },
+    }, //
 };
 
-/// No module: the suites are built into the kernel.
+/// The null module: the suites are built into the kernel.
 // SAFETY: `try_module_get()` and `module_put()` allow a null pointer.
 static MODULE: ThisModule = unsafe { ThisModule::from_ptr(core::ptr::null_mut()) };
 
-/// Maps `pages` pages, a power of two, aligned to as many.
+/// Maps `pages` pages, aligned to their total size. `pages` is a power of two.
 fn map_aligned(mm: &UserMm, pages: usize, prot: Prot) -> Result<PageRange> {
     let len = pages * PAGE_SIZE;
     let addr = mm.mmap_anonymous(2 * len, prot)?.next_multiple_of(len);
@@ -72,7 +73,7 @@ fn user_read(va: usize) -> Result<u8> {
     UserSlice::new(UserPtr::from_addr(va), 1).reader().read()
 }
 
-/// A driver that notes what it is told.
+/// A driver that records invalidations.
 #[pin_data]
 struct Recorder {
     #[pin]

@@ -1,49 +1,105 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Heterogeneous memory management for drivers written in Rust.
+//! Heterogeneous memory management (HMM) for drivers written in Rust.
 //!
-//! A device that shares a process's address space needs three things of mm: to fault the process's
-//! pages, to know what it may see of them, and to hear when that ends. One that has memory of its
-//! own needs a fourth: to have pages there. This crate gives a driver those, and nothing else of
-//! mm.
+//! A device that shares the address space of a process needs to fault the pages of the process, to
+//! know which of them it may read or write, and to be told when mm takes a page away. If the device
+//! has memory of its own, pages of the process also migrate to that memory and back. This crate
+//! does these things for a driver, so that the driver needs no `unsafe` code for them and calls no
+//! function of mm. It is built on `hmm_range_fault()`, `mmu_interval_notifier`, `migrate_vma_*()`,
+//! `memremap_pages()` and `make_device_exclusive()`.
+//!
+//! # Terms
+//!
+//! - The **core** is this crate, as opposed to the driver that uses it.
+//! - A **mirror** ([`Mirror`]) represents the address space of one process for one device.
+//! - A **region** is an aligned part of a mirrored address space: 2^17 pages, which is 512 MiB
+//!   where pages have 4 KiB. The core makes a region when a page in it is first needed. Each region
+//!   has one `mmu_interval_notifier`, one lock and the entries of its pages. An invalidation makes
+//!   concurrent faults in the same region retry; other regions are not affected.
+//! - An **entry** says what the device may do with one page: nothing, read it, or read and write
+//!   it. The driver sees it as an [`Entry`]. An entry holds no reference to its page. The notifier
+//!   takes the region's lock for write and erases the entry before mm takes the page away, so an
+//!   entry is valid while the region's lock is held.
+//! - A **window** is the part of a request that one call serves: the part that lies in one aligned
+//!   block of pages, 2 MiB at most where pages have 4 KiB. The driver calls again for the rest.
+//! - A **commit** ([`Commit`]) is what a successful fault passes to the driver: the entries of a
+//!   window, and the proof that no invalidation has collided with the fault.
+//! - A **pool** ([`DevicePool`]) is the memory of a device as device-private `struct page`s, which
+//!   the CPU cannot access. It starts empty and grows by **chunks**, each of which is one
+//!   `dev_pagemap`.
 //!
 //! # The contract
 //!
-//! - A [`Mirror`] stands for one address space. It is made by a task of the process and does not
-//!   keep the process alive. It owns the notifiers, the lock under which they run and the sequence
-//!   that they bump. The driver sees none of these.
-//! - The core owns the **entries**: what the device may see at each page. When mm invalidates a
-//!   range, the core has erased its entries before the driver hears of it
-//!   ([`MirrorOps::invalidate`]); so a driver that forgets to act on an invalidation reads nothing
-//!   stale. [`Mirror::read`] and [`Mirror::write`] look entries up under the lock.
-//! - [`Mirror::fault`] makes entries. It runs the collision-retry loop, within a bound. The
-//!   [`Commit`] that it hands to the driver proves that the entries hold: it exists only under the
-//!   lock, after the sequence was checked.
-//! - A [`Commit`] gives one [`Entry`] a page, clamped to the window. A page that the device may
-//!   write is a [`WritePage`]; nothing else is. One that no CPU may access meanwhile is an
-//!   [`ExclusivePage`] ([`Mirror::make_exclusive`]). Neither a `struct page` nor a pfn leaves the
-//!   core.
-//! - A [`DevicePool`] makes a device's memory a place for pages. What is where is the core's to
-//!   know: [`Mirror::migrate_to_device`] moves pages there, the CPU's touch or a full pool moves
-//!   them back, and a device that faults a page gets it where it is. The driver copies when it is
-//!   told to ([`PoolOps::copy`]). Whatever fails, a page is where it was, with what it held.
-//! - Units are bytes for addresses, pages for counts, orders for sizes. A [`PageRange`] is aligned,
-//!   not empty and does not wrap.
+//! - A task of the process makes the [`Mirror`]. The mirror does not keep the process alive. It
+//!   owns the notifiers, the locks under which they run and the sequence numbers that they bump.
+//!   The driver sees none of these.
+//! - When mm invalidates a range, the core erases the entries of the range and then calls
+//!   [`MirrorOps::invalidate`]. [`Mirror::read`] and [`Mirror::write`] look the entries up under
+//!   the region's lock. So they never access a stale page, even if the driver ignores the
+//!   invalidation.
+//! - [`Mirror::fault`] faults pages and installs their entries. If an invalidation collides with
+//!   the fault, it retries, for a bounded time. The [`Commit`] that it passes to the driver exists
+//!   only while the region's lock is held, after `mmu_interval_read_retry()` has found no
+//!   collision.
+//! - A [`Commit`] gives one [`Entry`] for each page of the window. Only a page for which there is a
+//!   [`WritePage`] may be mapped writable for the device. [`Mirror::make_exclusive`] gives an
+//!   [`ExclusivePage`] for a page that no CPU can access meanwhile. The core hands out neither
+//!   `struct page`s nor pfns.
+//! - The core tracks where each page is. [`Mirror::migrate_to_device`] migrates pages to the memory
+//!   of a [`DevicePool`]. They migrate back to system memory when the CPU touches them, or when the
+//!   pool is full and evicts them. A fault maps a page of the pool where it is. The driver copies
+//!   when the core asks for it ([`PoolOps::copy`]). If anything fails, the page stays where it was,
+//!   with its contents.
+//! - Units are bytes for addresses and lengths, and pages for counts; an `order` stands for
+//!   2^`order` pages. A [`PageRange`] is page-aligned, not empty and does not wrap.
 //!
 //! # Locks
 //!
-//! `mmap_lock`, the locks of the reverse map and reclaim come before a region's lock; the driver's
-//! own come after it. Under a region's lock nothing allocates in a way that waits, drops an mm or
-//! accesses user memory.
+//! The order, from the outside to the inside: `mmap_lock`; the locks of the reverse map, and
+//! reclaim; the region's lock; the driver's own locks. While a region's lock is held, nobody may
+//! allocate memory in a way that waits, drop a reference to an mm or fault in user memory.
+//! [`PoolOps::read`] and [`PoolOps::write`] run with a region's lock held.
 //!
-//! A pool makes room, by a chunk or by eviction, while no lock of mm is held; the locks of pages
-//! come after `mmap_lock`. While they are held the driver copies, and nothing waits for room.
-//! [`PoolOps::read`] and [`PoolOps::write`] run under a region's lock.
+//! [`PoolOps::copy`] runs with folio locks held, which nest inside `mmap_lock`. A pool makes room,
+//! by adding a chunk or by evicting pages, only while no lock of mm is held.
+//!
+//! # Leaks and nested calls
+//!
+//! A driver in safe Rust may leak the objects of this crate, and may call the crate from within its
+//! callbacks. That does not cause undefined behavior, and the core never waits for a lock that it
+//! already holds for the same task. While the core calls a driver (a method of [`MirrorOps`] or
+//! [`PoolOps`], or a closure), page faults are disabled for the task, so an access to user memory
+//! that is not present fails. Methods that take a lock of mm or of the core fail with
+//! [`EDEADLK`](kernel::error::code::EDEADLK) then, whichever mirror or pool they are called for. By
+//! type:
+//!
+//! - [`Mirror`]: it holds a reference to the module of its driver. If it is leaked, the module
+//!   cannot be unloaded, and that is the only effect. If it is dropped while the core calls a
+//!   driver, a work item ends it. While the core calls a driver, [`Mirror::read`] and
+//!   [`Mirror::write`] return a [`Miss`] instead of [`EDEADLK`](kernel::error::code::EDEADLK).
+//! - [`DevicePool`]: if it is leaked, or dropped while the core calls a driver, the core ends it
+//!   when its module is unloaded: after the module's exit function, before the module's code is
+//!   freed.
+//! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`] and [`ExclusivePage`] are only lent to a
+//!   closure and have no destructor. A closure cannot fault again, so a task never has those of two
+//!   mirrors at a time and cannot confuse their pages.
+//! - [`Invalidate`] and [`Invalidated`] have no destructor, and a lifetime that is unique to each
+//!   call of [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that
+//!   was made from its own [`Invalidate`].
+//! - [`CopyBatch`], [`CopyOp`], [`DeviceRange`] and [`NewMemory`] are passed to [`PoolOps::copy`]
+//!   and have no destructor. If the driver skips or forgets a part of a batch, the batch fails.
+//! - [`PageData`] is owned by a page in use. The driver gets it back when the page is freed, so
+//!   what the driver does with it then cannot affect the page.
+//! - [`FaultBuf`] and [`MigrateBuf`] are scratch memory. No call uses what an earlier one left
+//!   there.
+//! - All others are plain values.
 //!
 //! # Layers
 //!
-//! A driver uses this crate and `kernel`; this crate uses mm. Unsafe code is here, and not above.
-//! What a driver's code links to is listed in `exports.c`, GPL-only; all of it is used in-tree.
+//! A driver uses this crate and `kernel`; this crate uses mm. The unsafe code is in this crate, a
+//! driver needs none. `exports.c` lists the functions that a driver can link to. All of them are
+//! GPL-only and have a user in the tree.
 //!
 //! C headers: [`include/linux/hmm.h`](srctree/include/linux/hmm.h),
 //! [`include/linux/memremap.h`](srctree/include/linux/memremap.h),
@@ -53,30 +109,55 @@
 //! Reference: <https://docs.kernel.org/mm/hmm-rust.html>
 
 #![no_std]
-// Stable since Rust 1.89.0, and what the KUnit macros use.
+// Stable since Rust 1.89.0. The KUnit macros need it.
 #![feature(used_with_arg)]
-// What is said of device memory above names items that are not there.
+// The documentation above links to items that exist only with CONFIG_RUST_HMM_DEVICE.
 #![cfg_attr(not(CONFIG_RUST_HMM_DEVICE), allow(rustdoc::broken_intra_doc_links))]
 
+mod callback;
+mod commit;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod copy;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod cpu_fault;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod device_pool;
 mod entries;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod evict;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod exclusive;
 mod fault;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod folio;
+mod hmm_range;
 #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
 mod kunit;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod migrate;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod migrate_vma;
 mod mirror;
 mod pfn;
 #[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "nopool.rs")]
 mod pool;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod pool_ops;
 mod range;
+mod region;
 mod rwsem;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod slots;
+mod vma;
 
+pub use commit::{
+    Commit,
+    DevicePage,
+    Entry,
+    RamPage,
+    ReadPage,
+    WritePage, //
+};
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use copy::{
     CopyBatch,
@@ -85,39 +166,35 @@ pub use copy::{
     NewMemory, //
 };
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use device_pool::DevicePool;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use exclusive::ExclusivePage;
-pub use fault::{
-    Commit,
-    Device,
-    Entry,
-    FaultBuf,
-    FaultRequest,
-    Ram,
-    ReadPage,
-    WritePage, //
-};
+pub use fault::FaultRequest;
+pub use hmm_range::FaultBuf;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use migrate::{
-    Holes,
     MigrateBuf,
-    MigrateReason,
     Migrated, //
 };
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use migrate_vma::Holes;
 pub use mirror::{
-    Invalidate,
-    Invalidated,
     Mirror,
-    MirrorOps,
     Miss, //
 };
 pub use pfn::Access;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
-pub use pool::{
-    DevicePool,
+pub use pool_ops::{
+    MigrateReason,
     PageData,
     PoolOps, //
 };
 pub use range::PageRange;
+pub use region::{
+    Invalidate,
+    Invalidated,
+    MirrorOps, //
+};
 
 /// Prefix to appear before log messages printed from within the crate.
 const __LOG_PREFIX: &[u8] = b"hmm\0";

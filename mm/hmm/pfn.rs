@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Typed decoding of what `hmm_range_fault()` reports of a page.
+//! Encodes the input of `hmm_range_fault()` and decodes its output.
 //!
-//! The only place that knows the bits of `enum hmm_pfn_flags`. Pure: no C code is called.
+//! This is the only file that uses the bits of `enum hmm_pfn_flags`. It calls no C code.
 //!
 //! C header: [`include/linux/hmm.h`](srctree/include/linux/hmm.h)
 
@@ -18,19 +18,22 @@ const FLAGS: usize = bindings::hmm_pfn_flags_HMM_PFN_FLAGS;
 const REQ_FAULT: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_FAULT;
 const REQ_WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_REQ_WRITE;
 
-// An all-zero output is a page that is not there but could be faulted: `Pfn::NONE` relies on it.
+// An output without these flags is a page that is not present but could be faulted. `HmmPfn::NONE`,
+// which is zero, relies on this.
 static_assert!(VALID & FLAGS == VALID && WRITE & FLAGS == WRITE && ERROR & FLAGS == ERROR);
 static_assert!(VALID != 0 && WRITE != 0 && ERROR != 0);
 static_assert!(VALID & WRITE == 0 && VALID & ERROR == 0 && WRITE & ERROR == 0);
 
-/// The order of the mapping, as `hmm_pfn_to_map_order()` has it.
+/// The field that `hmm_pfn_to_map_order()` decodes: the order of the CPU mapping.
 const ORDER_SHIFT: usize = bindings::hmm_pfn_flags_HMM_PFN_ORDER_SHIFT;
 const ORDER: usize = 0x1f << ORDER_SHIFT;
 
-/// Says of a page that it is in the memory of the device. mm has this flag and the next for pages
-/// that are mapped for DMA, and does not set them: they would be kept from the input.
+/// The page is in the memory of the device.
+///
+/// mm uses this bit and that of `ZERO` for pages that are mapped for DMA. `hmm_range_fault()` only
+/// copies them from its input, where this crate does not set them, so the bits are free for use.
 const DEVICE: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA;
-/// Says of a page that it is the one of zeroes that all share.
+/// The page is the shared zero page.
 const ZERO: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA_BUS;
 static_assert!((DEVICE | ZERO | ORDER) & FLAGS == DEVICE | ZERO | ORDER);
 static_assert!((DEVICE | ZERO) & (VALID | WRITE | ERROR | ORDER) == 0 && DEVICE & ZERO == 0);
@@ -38,13 +41,13 @@ static_assert!((DEVICE | ZERO) & (VALID | WRITE | ERROR | ORDER) == 0 && DEVICE 
 /// What the device wants to do with a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Read it. Enough to map the page read-only.
+    /// Read the page. The device may map it read-only.
     Read,
-    /// Read and write it.
+    /// Read and write the page.
     Write,
 }
 
-/// The input of `hmm_range_fault()`: what it is to fault in, if anything.
+/// The flags that request `hmm_range_fault()` to fault pages for `access`, or not to fault any.
 #[inline]
 pub(crate) const fn request(access: Option<Access>) -> usize {
     match access {
@@ -54,32 +57,33 @@ pub(crate) const fn request(access: Option<Access>) -> usize {
     }
 }
 
-/// What is known of a page.
+/// The state of a page in the output of `hmm_range_fault()`.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Nothing that is mapped; a fault may bring it, or fail.
+    /// Not present. A fault may make the page present, or fail.
     Hole,
-    /// Not accessible: no VMA, no read permission, or out of the kernel's reach.
+    /// Not accessible: there is no VMA, the VMA permits no read, or the page is not in the kernel's
+    /// direct map.
     Error,
-    /// There, and at least readable.
+    /// Present, with the access that is allowed.
     Present(Access),
 }
 
-/// The output of `hmm_range_fault()` for a page.
-///
-/// Of the other flags of the C value none survives.
+/// The output of `hmm_range_fault()` for one page: the pfn, the order, and the flags that this file
+/// defines. [`HmmPfn::from_output`] drops all other flags.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Zeroable)]
 #[repr(transparent)]
-pub(crate) struct Pfn(usize);
+pub(crate) struct HmmPfn(usize);
 
-impl Pfn {
-    /// A page that is not there.
+impl HmmPfn {
+    /// A page that is not present.
     pub(crate) const NONE: Self = Self(0);
 
-    /// A page that is there and that no device is to see.
+    /// A page that the device must not access.
     pub(crate) const ERROR: Self = Self(ERROR);
 
-    /// Takes over one element of the output array.
+    /// Converts one element of the output array. A page that is not valid becomes
+    /// [`HmmPfn::NONE`] or [`HmmPfn::ERROR`].
     #[inline]
     pub(crate) const fn from_output(raw: usize) -> Self {
         if raw & ERROR != 0 {
@@ -91,7 +95,8 @@ impl Pfn {
         }
     }
 
-    /// What a device may see of the page where the VMA allows it no more than `allowed`.
+    /// Reduces the access to `allowed`, the most that the VMA allows. If it allows no access, the
+    /// result is [`HmmPfn::ERROR`].
     #[inline]
     pub(crate) const fn limit(self, allowed: Option<Access>) -> Self {
         match allowed {
@@ -101,50 +106,50 @@ impl Pfn {
         }
     }
 
-    /// The same page, known to be in the memory of the device.
+    /// Marks the page as one in the memory of the device.
     #[inline]
     pub(crate) const fn with_device(self) -> Self {
         Self(self.0 | DEVICE)
     }
 
-    /// Whether the page is in the memory of the device.
+    /// Whether the page is marked as one in the memory of the device.
     #[inline]
     pub(crate) const fn is_device(self) -> bool {
         self.0 & DEVICE != 0
     }
 
-    /// The same page, known to be the shared one of zeroes.
+    /// Marks the page as the shared zero page.
     #[inline]
     pub(crate) const fn with_zero(self) -> Self {
         Self(self.0 | ZERO)
     }
 
-    /// Whether the page is the shared one of zeroes.
+    /// Whether the page is marked as the shared zero page.
     #[inline]
     pub(crate) const fn is_zero(self) -> bool {
         self.0 & ZERO != 0
     }
 
-    /// The order of the block that the CPU maps as one with this page. It may reach past the range
-    /// that was asked for.
+    /// The order, in pages, of the CPU mapping that this page is a part of. The mapping may reach
+    /// past the range that was passed to `hmm_range_fault()`.
     #[inline]
     pub(crate) const fn order(self) -> u32 {
         ((self.0 & ORDER) >> ORDER_SHIFT) as u32
     }
 
-    /// The value, for [`Pfn::from_raw`].
+    /// Converts to an integer, for [`HmmPfn::from_raw`].
     #[inline]
     pub(crate) const fn into_raw(self) -> usize {
         self.0
     }
 
-    /// What [`Pfn::into_raw`] returned.
+    /// Converts from an integer that [`HmmPfn::into_raw`] returned.
     #[inline]
     pub(crate) const fn from_raw(raw: usize) -> Self {
         Self(raw)
     }
 
-    /// Decodes the state.
+    /// The state of the page.
     #[inline]
     pub(crate) const fn state(self) -> State {
         if self.0 & ERROR != 0 {
@@ -158,7 +163,7 @@ impl Pfn {
         }
     }
 
-    /// Whether the page is there and `access` to it is allowed.
+    /// Whether the page is present and `access` to it is allowed.
     #[inline]
     pub(crate) const fn allows(self, access: Access) -> bool {
         matches!(
@@ -167,7 +172,7 @@ impl Pfn {
         )
     }
 
-    /// The value in the form that `hmm_pfn_to_page()` takes, if the page is there.
+    /// The value that `hmm_pfn_to_page()` takes, if the page is present.
     #[inline]
     pub(crate) const fn present(self) -> Option<usize> {
         match self.state() {
@@ -176,7 +181,7 @@ impl Pfn {
         }
     }
 
-    /// The pfn, if the page is there.
+    /// The pfn, if the page is present.
     #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
     #[inline]
     pub(crate) const fn pfn(self) -> Option<usize> {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Page ranges.
+//! Ranges of virtual addresses.
 //!
-//! The only way in which this crate takes a range of virtual addresses. Pure: no C code is called.
+//! [`PageRange`] is the only type of the crate for such ranges. This file calls no C code.
 
 use kernel::{
     page::{
@@ -17,8 +17,8 @@ use kernel::{
 ///
 /// # Invariants
 ///
-/// `start` and `end` are multiples of [`PAGE_SIZE`], and `start < end`. Hence the range is not
-/// empty and does not wrap.
+/// `start` and `end` are addresses in bytes and multiples of [`PAGE_SIZE`], and `start < end`.
+/// Hence the range is not empty and does not wrap.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct PageRange {
     start: usize,
@@ -26,17 +26,17 @@ pub struct PageRange {
 }
 
 impl PageRange {
-    /// Creates the range from `start` to `end`, in bytes, `end` exclusive.
+    /// Creates the range from `start` to `end`, which is exclusive. Both are addresses in bytes.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if either is not page-aligned or if `start >= end`.
+    /// [`EINVAL`] if one of them is not page-aligned or if `start >= end`.
     #[inline]
     pub const fn new(start: usize, end: usize) -> Result<Self> {
         if start & !PAGE_MASK != 0 || end & !PAGE_MASK != 0 || start >= end {
             return Err(EINVAL);
         }
-        // INVARIANT: Checked just above.
+        // INVARIANT: The check above has rejected unaligned addresses and `start >= end`.
         Ok(Self { start, end })
     }
 
@@ -44,7 +44,7 @@ impl PageRange {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if either is not page-aligned, if `len` is zero or if the end wraps.
+    /// [`EINVAL`] if `start` or `len` is not page-aligned, if `len` is zero or if the end wraps.
     #[inline]
     pub const fn from_len(start: usize, len: usize) -> Result<Self> {
         match start.checked_add(len) {
@@ -53,8 +53,8 @@ impl PageRange {
         }
     }
 
-    /// Creates the smallest range that contains the `len` bytes from `va`, which need no
-    /// alignment.
+    /// Creates the smallest range that contains the `len` bytes from `va`. Neither `va` nor `len`
+    /// has to be page-aligned.
     ///
     /// # Errors
     ///
@@ -87,13 +87,13 @@ impl PageRange {
         Self::from_len(va & !(len - 1), len)
     }
 
-    /// The first address.
+    /// The address of the first byte.
     #[inline]
     pub const fn start(&self) -> usize {
         self.start
     }
 
-    /// The address after the last.
+    /// The address after the last byte.
     #[inline]
     pub const fn end(&self) -> usize {
         self.end
@@ -118,19 +118,20 @@ impl PageRange {
         self.start <= va && va < self.end
     }
 
-    /// The part of the range that lies in `other` too, if any.
+    /// The range that is in both `self` and `other`, or `None` if they do not overlap.
     #[inline]
     pub(crate) fn intersect(&self, other: &PageRange) -> Option<PageRange> {
         Self::new(self.start.max(other.start), self.end.min(other.end)).ok()
     }
 
-    /// The address of each page.
+    /// The start address of each page, in ascending order.
     #[inline]
     pub(crate) fn page_addrs(&self) -> impl Iterator<Item = usize> + use<> {
         (self.start..self.end).step_by(PAGE_SIZE)
     }
 
-    /// The index in this range of the page that contains `va`, or `None` if it lies outside.
+    /// The index, in pages from the start of the range, of the page that contains `va`, or `None`
+    /// if `va` is not in the range.
     #[inline]
     pub(crate) const fn index_of(&self, va: usize) -> Option<usize> {
         if self.contains(va) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The lock of a region: an rw_semaphore and the data under it.
+//! The lock of a region: an rw_semaphore and the data that it protects.
 //!
-//! `kernel::sync` has no rw_semaphore yet. This one is private to the crate and offers what the
-//! notifier needs and a mutex lacks: many readers, a try-lock for invalidations that may not block,
-//! and a killable wait.
+//! `kernel::sync` has no rw_semaphore yet. This one is private to the crate. A region needs it
+//! because accesses by the device take the lock for read and can run concurrently. The notifier
+//! callback also needs a trylock, for invalidations that must not block, and faults need a killable
+//! wait.
 //!
 //! C header: [`include/linux/rwsem.h`](srctree/include/linux/rwsem.h)
 
@@ -13,7 +14,7 @@ use core::{
     ops::{
         Deref,
         DerefMut, //
-    },
+    }, //
 };
 use kernel::{
     bindings,
@@ -23,15 +24,15 @@ use kernel::{
     types::{
         NotThreadSafe,
         Opaque, //
-    },
+    }, //
 };
 
-/// A value under an rw_semaphore.
+/// A value that an rw_semaphore protects.
 ///
 /// # Invariants
 ///
-/// `sem` is an initialised rw_semaphore. `data` is read only while it is held, and written only
-/// while it is held for write.
+/// `sem` is an initialised rw_semaphore. `data` is accessed only while `sem` is held, and written
+/// only while `sem` is held for write.
 #[pin_data]
 pub(crate) struct RwSem<T> {
     #[pin]
@@ -39,19 +40,23 @@ pub(crate) struct RwSem<T> {
     data: UnsafeCell<T>,
 }
 
-// SAFETY: An rw_semaphore may be moved to another thread before it is pinned, and dropped there.
+// SAFETY: An rw_semaphore that nobody holds is not tied to a thread and needs no destructor, so any
+// thread may own and drop it. `data` is `Send`.
 unsafe impl<T: Send> Send for RwSem<T> {}
-// SAFETY: The semaphore serialises access to `data`: shared references to `T` reach several threads
-// at once (`T: Sync`), and a mutable one reaches any (`T: Send`).
+// SAFETY: The semaphore serialises access to `data`. Several threads can hold it for read and have
+// a shared reference, which needs `T: Sync`. Any thread can hold it for write and have a mutable
+// reference, which needs `T: Send`.
 unsafe impl<T: Send + Sync> Sync for RwSem<T> {}
 
 impl<T> RwSem<T> {
+    /// Creates the lock, with the `name` and the class `key` that lockdep uses.
     pub(crate) fn new(
         data: T,
         name: &'static CStr,
         key: Pin<&'static LockClassKey>,
     ) -> impl PinInit<Self> {
-        // INVARIANT: `__init_rwsem` initialises the semaphore.
+        // INVARIANT: __init_rwsem() initialises the semaphore. No guard exists yet, so nobody
+        // accesses `data`.
         pin_init!(Self {
             // SAFETY: `slot` is valid for writes and pinned; `name` and `key` are static.
             sem <- Opaque::ffi_init(|slot| unsafe {
@@ -64,7 +69,7 @@ impl<T> RwSem<T> {
     /// Locks for read. Sleeps.
     #[inline]
     pub(crate) fn read(&self) -> ReadGuard<'_, T> {
-        // SAFETY: By the type invariants, the semaphore is initialised.
+        // SAFETY: The type invariants say that the semaphore is initialised.
         unsafe { bindings::down_read(self.sem.get()) };
         ReadGuard {
             lock: self,
@@ -75,7 +80,7 @@ impl<T> RwSem<T> {
     /// Locks for write. Sleeps.
     #[inline]
     pub(crate) fn write(&self) -> WriteGuard<'_, T> {
-        // SAFETY: By the type invariants, the semaphore is initialised.
+        // SAFETY: The type invariants say that the semaphore is initialised.
         unsafe { bindings::down_write(self.sem.get()) };
         WriteGuard {
             lock: self,
@@ -83,10 +88,14 @@ impl<T> RwSem<T> {
         }
     }
 
-    /// Locks for write. Sleeps; [`EINTR`] if a fatal signal ends the wait.
+    /// Locks for write. Sleeps.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] if a fatal signal ends the wait.
     #[inline]
     pub(crate) fn write_killable(&self) -> Result<WriteGuard<'_, T>> {
-        // SAFETY: By the type invariants, the semaphore is initialised.
+        // SAFETY: The type invariants say that the semaphore is initialised.
         to_result(unsafe { bindings::down_write_killable(self.sem.get()) })?;
         Ok(WriteGuard {
             lock: self,
@@ -94,10 +103,10 @@ impl<T> RwSem<T> {
         })
     }
 
-    /// Locks for write if that takes no wait.
+    /// Locks for write if this is possible at once. Does not sleep.
     #[inline]
     pub(crate) fn try_write(&self) -> Option<WriteGuard<'_, T>> {
-        // SAFETY: By the type invariants, the semaphore is initialised.
+        // SAFETY: The type invariants say that the semaphore is initialised.
         if unsafe { bindings::down_write_trylock(self.sem.get()) } == 0 {
             return None;
         }
@@ -112,7 +121,7 @@ impl<T> RwSem<T> {
 #[must_use = "the lock unlocks immediately when the guard is unused"]
 pub(crate) struct ReadGuard<'a, T> {
     lock: &'a RwSem<T>,
-    // A semaphore taken by a task is released by that task.
+    // The task that took the semaphore must release it.
     _nts: NotThreadSafe,
 }
 
@@ -138,7 +147,7 @@ impl<T> Drop for ReadGuard<'_, T> {
 #[must_use = "the lock unlocks immediately when the guard is unused"]
 pub(crate) struct WriteGuard<'a, T> {
     lock: &'a RwSem<T>,
-    // A semaphore taken by a task is released by that task.
+    // The task that took the semaphore must release it.
     _nts: NotThreadSafe,
 }
 

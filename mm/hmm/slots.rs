@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which pages of a device's memory are free, and in what order the others were taken.
+//! The page allocator of a pool: a buddy allocator for device memory, and a list of the blocks in
+//! use by processes, in the order in which they migrated to the device.
 //!
-//! A buddy allocator whose blocks never span two chunks, and a list of the blocks that hold pages
-//! of processes, oldest first. Pages are counted from the start of the device's memory; what a
-//! chunk is to others is one number that is kept for them, the pfn of its first page. Pure: no C
-//! code is called but allocation, and none is done where a lock may be held.
+//! Pages are numbered from the start of the device memory, chunk after chunk. A block never spans
+//! two chunks. A chunk also has the pfn of its first page, to convert page numbers to pfns. This
+//! file calls no C code but to allocate memory, and allocates only in the constructors, which need
+//! no lock.
 
 use core::num::NonZeroUsize;
 use kernel::prelude::*;
@@ -17,15 +18,15 @@ pub(crate) struct Order(u8);
 impl Order {
     /// One page.
     pub(crate) const PAGE: Self = Self(0);
-    /// The largest block that is kept together: 2 MiB where pages have 4 KiB.
+    /// The largest block: 2 MiB with 4 KiB pages.
     pub(crate) const MAX: Self = Self(9);
 
-    /// The number of pages.
+    /// The number of pages in a block of this order.
     pub(crate) const fn pages(self) -> usize {
         1 << self.0
     }
 
-    /// Half of it. [`Order::PAGE`] has none.
+    /// The order of half a block, or `None` for [`Order::PAGE`].
     const fn half(self) -> Option<Self> {
         match self.0.checked_sub(1) {
             Some(order) => Some(Self(order)),
@@ -38,24 +39,45 @@ impl Order {
     }
 }
 
-/// No page: the end of a list.
+/// The link at the end of a list.
 const NONE: u32 = u32::MAX;
 
+/// A NUMA node of system memory.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
-enum State {
+pub(crate) struct Node(i16);
+
+impl Node {
+    /// Creates the node with the number `nid`.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if `nid` does not fit into 16 bits.
+    pub(crate) fn new(nid: c_int) -> Result<Self> {
+        Ok(Self(i16::try_from(nid).map_err(|_| EINVAL)?))
+    }
+
+    /// The number of the node in mm.
+    pub(crate) fn nid(self) -> c_int {
+        self.0.into()
+    }
+}
+
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum SlotState {
     /// Not the first page of a block.
     Tail,
     Free(Order),
-    /// On its way: nobody's page yet, or no longer.
+    /// Allocated, but not mapped by a process: it is migrating, or was migrated away.
     Taken(Order),
-    /// A page of a process.
-    Used(Order),
+    /// In use by a process. An eviction allocates system memory on this node.
+    Used(Order, Node),
 }
 
-/// What is kept of a page. The links are those of the list that its block is in.
+/// The state of one page. If it is the first page of a block, `prev` and `next` link the block into
+/// its list.
 #[derive(Copy, Clone)]
 struct Slot {
-    state: State,
+    state: SlotState,
     prev: u32,
     next: u32,
 }
@@ -74,22 +96,22 @@ impl List {
     };
 }
 
-/// Memory for a chunk's slots, allocated before the lock that [`Slots`] is under is taken.
+/// The slots of a chunk. Allocated before the caller takes the lock that protects [`Slots`].
 pub(crate) struct ChunkSlots {
-    /// The pfn of the first page.
+    /// The pfn of the first page of the chunk.
     pfn: usize,
     slots: KVVec<Slot>,
 }
 
 impl ChunkSlots {
-    /// For a chunk of `pages` pages, the first of which has the number `pfn` for others.
+    /// Creates the slots of a chunk of `pages` pages that starts at `pfn`.
     ///
     /// # Errors
     ///
     /// [`ENOMEM`].
     pub(crate) fn new(pages: usize, pfn: usize) -> Result<Self> {
         let slot = Slot {
-            state: State::Tail,
+            state: SlotState::Tail,
             prev: NONE,
             next: NONE,
         };
@@ -105,10 +127,11 @@ impl ChunkSlots {
 /// # Invariants
 ///
 /// - All chunks have `chunk_pages` pages, a multiple of the largest block.
-/// - Every page belongs to exactly one block, which is naturally aligned. The state of its first
-///   page tells the order. A free one is on the list `free[order]`, one in use on `used`.
-/// - Two free halves of a block are one free block.
-/// - The links hold numbers of pages that exist, or [`NONE`].
+/// - Every page belongs to exactly one block, which is naturally aligned. The state of the first
+///   page of a block has the order of the block. A free block is on the list `free[order]`, a block
+///   in use is on the list `used`.
+/// - The two halves of a block are never both on a free list: [`Slots::free`] merges them.
+/// - Each link is the number of a page that exists, or [`NONE`].
 pub(crate) struct Slots {
     chunk_pages: NonZeroUsize,
     max_chunks: usize,
@@ -120,12 +143,13 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    /// No memory yet; room for `max_chunks` chunks of `chunk_pages` pages each.
+    /// Creates an allocator without memory, with room for `max_chunks` chunks of `chunk_pages`
+    /// pages each.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if a chunk is empty or no multiple of the largest block, or if there are more
-    /// pages than a slot's number can tell; [`ENOMEM`].
+    /// [`EINVAL`] if either is zero, if a chunk is not a multiple of the largest block, or if the
+    /// pages of all chunks cannot be numbered with 32 bits; [`ENOMEM`].
     pub(crate) fn new(chunk_pages: usize, max_chunks: usize) -> Result<Self> {
         let pages = chunk_pages.checked_mul(max_chunks).ok_or(EINVAL)?;
         if pages == 0 || chunk_pages % Order::MAX.pages() != 0 || pages >= NONE as usize {
@@ -142,28 +166,28 @@ impl Slots {
         })
     }
 
-    /// The pages that there are.
+    /// The number of pages of all chunks.
     pub(crate) fn pages(&self) -> usize {
         self.chunks.len() * self.chunk_pages.get()
     }
 
-    /// The pages of those that are free.
+    /// The number of free pages.
     pub(crate) fn free_pages(&self) -> usize {
         self.free_pages
     }
 
-    /// The number that the next chunk's first page gets, if there may be another chunk.
+    /// The number that the first page of the next chunk gets, or `None` if no chunk can be added.
     pub(crate) fn next_chunk(&self) -> Option<usize> {
         let room = self.chunks.len() < self.max_chunks;
         (room && !self.closed).then_some(self.pages())
     }
 
-    /// From now on there is nothing to take and nothing to add; what is in use can be given back.
+    /// Makes [`Slots::alloc`] and [`Slots::add_chunk`] fail from now on. Blocks can still be freed.
     pub(crate) fn close(&mut self) {
         self.closed = true;
     }
 
-    /// Whether there is something to take.
+    /// Whether a page can be allocated.
     pub(crate) fn can_alloc(&self) -> bool {
         self.free_pages != 0 && !self.closed
     }
@@ -172,8 +196,8 @@ impl Slots {
     ///
     /// # Errors
     ///
-    /// [`ENOSPC`] if there are as many chunks as there may be, [`EINVAL`] if this one has another
-    /// size.
+    /// [`ENOSPC`] if the limit of chunks is reached or the allocator is closed, [`EINVAL`] if the
+    /// chunk does not have `chunk_pages` pages.
     pub(crate) fn add_chunk(&mut self, chunk: ChunkSlots) -> Result {
         let first = self.next_chunk().ok_or(ENOSPC)?;
         if chunk.slots.len() != self.chunk_pages.get() {
@@ -182,7 +206,7 @@ impl Slots {
         self.chunks
             .push_within_capacity(chunk)
             .map_err(|_| ENOSPC)?;
-        // The list is a stack: the lowest block comes last, and is taken first.
+        // alloc() takes the block that was put last, so put the lowest block last.
         for page in (first..self.pages()).rev().step_by(Order::MAX.pages()) {
             self.put(page + 1 - Order::MAX.pages(), Order::MAX);
         }
@@ -190,7 +214,8 @@ impl Slots {
         Ok(())
     }
 
-    /// Takes a block. Returns its first page.
+    /// Allocates a block and returns the number of its first page. Splits a larger block if there
+    /// is no free block of this order.
     pub(crate) fn alloc(&mut self, order: Order) -> Option<usize> {
         if self.closed {
             return None;
@@ -207,50 +232,56 @@ impl Slots {
             size = half;
             self.put(page + size.pages(), size);
         }
-        self.slot_mut(page).state = State::Taken(order);
+        self.slot_mut(page).state = SlotState::Taken(order);
         self.free_pages -= order.pages();
         Some(page)
     }
 
-    /// The block that starts at `page` is a page of a process from now on, the youngest.
-    pub(crate) fn settle(&mut self, page: usize) {
-        if let State::Taken(order) = self.slot(page).state {
-            self.push_used(page, order);
+    /// Marks the allocated block that starts at `page` as in use by a process, as the youngest
+    /// block. An eviction migrates its contents to system memory on `node`.
+    pub(crate) fn mark_used(&mut self, page: usize, node: Node) {
+        if let SlotState::Taken(order) = self.slot(page).state {
+            self.push_used(page, order, node);
         }
     }
 
-    /// The block that starts at `page` is a process's no longer.
-    pub(crate) fn leave(&mut self, page: usize) {
-        if let State::Used(order) = self.slot(page).state {
+    /// Marks the block that starts at `page` as no longer in use by a process. The block stays
+    /// allocated.
+    pub(crate) fn mark_unused(&mut self, page: usize) {
+        if let SlotState::Used(order, _) = self.slot(page).state {
             self.unlink(page);
-            self.slot_mut(page).state = State::Taken(order);
+            self.slot_mut(page).state = SlotState::Taken(order);
         }
     }
 
-    /// Whether the block that starts at `page` is a page of a process.
-    pub(crate) fn is_used(&self, page: usize) -> bool {
-        matches!(self.slot(page).state, State::Used(_))
+    /// The node on which an eviction allocates system memory for the block that starts at `page`,
+    /// or `None` if the block is not in use.
+    pub(crate) fn node(&self, page: usize) -> Option<Node> {
+        match self.slot(page).state {
+            SlotState::Used(_, node) => Some(node),
+            _ => None,
+        }
     }
 
-    /// Gives back the block that starts at `page`.
+    /// Frees the block that starts at `page`, and merges it with its free buddies.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if no block starts there that was taken: it was given back before.
+    /// [`EINVAL`] if no allocated block starts at `page`, for example because it was freed before.
     pub(crate) fn free(&mut self, page: usize) -> Result {
         if page >= self.pages() {
             return Err(EINVAL);
         }
-        self.leave(page);
-        let State::Taken(mut order) = self.slot(page).state else {
+        self.mark_unused(page);
+        let SlotState::Taken(mut order) = self.slot(page).state else {
             return Err(EINVAL);
         };
         self.free_pages += order.pages();
-        self.slot_mut(page).state = State::Tail;
+        self.slot_mut(page).state = SlotState::Tail;
         let mut page = page;
         while order < Order::MAX {
             let buddy = page ^ order.pages();
-            if self.slot(buddy).state != State::Free(order) {
+            if self.slot(buddy).state != SlotState::Free(order) {
                 break;
             }
             self.unlink(buddy);
@@ -261,22 +292,23 @@ impl Slots {
         Ok(())
     }
 
-    /// Fills `pfns` with the pfns of pages in use, those that came longest ago first, and makes
-    /// them the youngest: who asks next gets others. Returns how many there are.
-    pub(crate) fn oldest(&mut self, pfns: &mut [usize]) -> usize {
+    /// Fills `pfns` with the pfns of the first pages of the oldest blocks in use, the oldest first.
+    /// Rotates these blocks to the end of the list, so that a concurrent caller gets others.
+    /// Returns the number of pfns.
+    pub(crate) fn rotate_oldest(&mut self, pfns: &mut [usize]) -> usize {
         let last = self.used.last;
         let mut count = 0;
         for pfn in pfns {
             let Some(page) = self.page(self.used.first) else {
                 break;
             };
-            let State::Used(order) = self.slot(page).state else {
+            let SlotState::Used(order, node) = self.slot(page).state else {
                 break;
             };
             *pfn = self.pfn(page);
             count += 1;
             self.unlink(page);
-            self.push_used(page, order);
+            self.push_used(page, order, node);
             if page == last as usize {
                 break;
             }
@@ -284,7 +316,7 @@ impl Slots {
         count
     }
 
-    /// The pfn of `page`, which exists.
+    /// The pfn of `page`. Panics if there is no such page.
     pub(crate) fn pfn(&self, page: usize) -> usize {
         self.chunks[page / self.chunk_pages].pfn + page % self.chunk_pages
     }
@@ -305,15 +337,16 @@ impl Slots {
         self.free.get(usize::from(order.0))
     }
 
-    fn list_mut(&mut self, state: State) -> Option<&mut List> {
+    fn list_mut(&mut self, state: SlotState) -> Option<&mut List> {
         match state {
-            State::Tail | State::Taken(_) => None,
-            State::Free(order) => self.free.get_mut(usize::from(order.0)),
-            State::Used(_) => Some(&mut self.used),
+            SlotState::Tail | SlotState::Taken(_) => None,
+            SlotState::Free(order) => self.free.get_mut(usize::from(order.0)),
+            SlotState::Used(..) => Some(&mut self.used),
         }
     }
 
-    /// Makes `page` the first of a free block. It is taken next of all of its order.
+    /// Adds the block that starts at `page` to the head of the free list of `order`, from where
+    /// [`Slots::alloc`] takes blocks.
     fn put(&mut self, page: usize, order: Order) {
         let Some(list) = self.free.get_mut(usize::from(order.0)) else {
             return;
@@ -325,14 +358,14 @@ impl Slots {
             None => self.free[usize::from(order.0)].last = page as u32,
         }
         *self.slot_mut(page) = Slot {
-            state: State::Free(order),
+            state: SlotState::Free(order),
             prev: NONE,
             next,
         };
     }
 
-    /// Makes `page` the first of a block in use, the youngest.
-    fn push_used(&mut self, page: usize, order: Order) {
+    /// Adds the block that starts at `page` to the tail of the list of blocks in use.
+    fn push_used(&mut self, page: usize, order: Order, node: Node) {
         let prev = self.used.last;
         self.used.last = page as u32;
         match self.page(prev) {
@@ -340,13 +373,13 @@ impl Slots {
             None => self.used.first = page as u32,
         }
         *self.slot_mut(page) = Slot {
-            state: State::Used(order),
+            state: SlotState::Used(order, node),
             prev,
             next: NONE,
         };
     }
 
-    /// Takes the block that starts at `page` off its list.
+    /// Removes the block that starts at `page` from its list.
     fn unlink(&mut self, page: usize) {
         let Slot { state, prev, next } = *self.slot(page);
         match self.page(prev) {
@@ -365,6 +398,6 @@ impl Slots {
                 }
             }
         }
-        self.slot_mut(page).state = State::Tail;
+        self.slot_mut(page).state = SlotState::Tail;
     }
 }

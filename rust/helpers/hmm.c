@@ -9,11 +9,27 @@
 #include <linux/module.h>
 #include <linux/pagemap.h>
 #include <linux/secretmem.h>
+#include <linux/uaccess.h>
 #include <linux/userfaultfd_k.h>
 
 __rust_helper struct page *rust_helper_hmm_pfn_to_page(unsigned long hmm_pfn)
 {
 	return hmm_pfn_to_page(hmm_pfn);
+}
+
+__rust_helper void rust_helper_pagefault_disable(void)
+{
+	pagefault_disable();
+}
+
+__rust_helper void rust_helper_pagefault_enable(void)
+{
+	pagefault_enable();
+}
+
+__rust_helper bool rust_helper_pagefault_disabled(void)
+{
+	return pagefault_disabled();
 }
 
 __rust_helper bool rust_helper_is_zero_pfn(unsigned long pfn)
@@ -98,6 +114,11 @@ rust_helper_mmu_notifier_range_blockable(const struct mmu_notifier_range *range)
 #endif
 
 #ifdef CONFIG_DEVICE_PRIVATE
+__rust_helper int rust_helper_numa_mem_id(void)
+{
+	return numa_mem_id();
+}
+
 __rust_helper struct page *rust_helper_pfn_to_page(unsigned long pfn)
 {
 	return pfn_to_page(pfn);
@@ -108,9 +129,10 @@ __rust_helper void *rust_helper_page_address(const struct page *page)
 	return page_address(page);
 }
 
-__rust_helper struct folio *rust_helper_folio_alloc(gfp_t gfp, unsigned int order)
+__rust_helper struct folio *
+rust_helper___folio_alloc_node(gfp_t gfp, unsigned int order, int nid)
 {
-	return folio_alloc(gfp, order);
+	return __folio_alloc_node(gfp, order, nid);
 }
 
 __rust_helper void rust_helper_folio_lock(struct folio *folio)

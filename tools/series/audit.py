@@ -3,7 +3,8 @@
 
 audit/ has the lists: driver-symbols, what the driver may link to besides the exports; driver-own-pages, what
 it needs of mm's all the same; unexported, what the crate reaches and a module does not;
-unused-items, what is public and not the driver's; and the modules that are linked."""
+unused-items, what is public and not the driver's; layers, the files from the bottom up; and the modules
+that are linked."""
 
 import glob
 import json
@@ -20,7 +21,7 @@ MODULE = DRIVER + "/dummy_gpu.ko"
 COMMAND = DRIVER + "/.dummy_gpu.o.cmd"
 RST = "Documentation/mm/hmm-rust.rst"
 CONFIG = ("CONFIG_RUST_HMM=y", "CONFIG_RUST_HMM_DEVICE=y", "CONFIG_DEVICE_PRIVATE=y", "CONFIG_DUMMY_GPU=m")
-TYPES = {"mirror": "Mirror", "pool": "DevicePool"}      # what hmm_<this>_<method> is a method of
+TYPES = {"mirror": "Mirror", "pool": "DevicePool"}      # what rust_hmm_<this>_<method> is a method of
 
 
 def listed(name, reasons=True):
@@ -33,6 +34,22 @@ def listed(name, reasons=True):
 def exports(src):
     """The symbols in exports.c, in its order."""
     return re.findall(r"^EXPORT_SYMBOL\w*\((\w+)", read(os.path.join(src, EXPORTS)), re.M)
+
+
+def layers(src):
+    """The files of the crate use only those below them."""
+    order = [l.strip() for l in read(LISTS + "layers").splitlines() if l.strip() and not l.startswith("#")]
+    files = {os.path.basename(p)[:-3] for p in glob.glob(src + "/mm/hmm/*.rs")} - {"lib", "kunit", "nopool"}
+    problems = ["%s.rs: in audit/layers or in mm/hmm/, and not in both" % f for f in files ^ set(order)]
+    for user in order:
+        text = read("%s/mm/hmm/%s.rs" % (src, user)) if user in files else ""
+        used = set(re.findall(r"super::(\w+)", text))
+        for block in re.findall(r"^use super::\{\n(.*?)^\};", text, re.M | re.S):
+            used |= set(re.findall(r"^    (\w+)", block, re.M))
+        for below in sorted(used & (files | {"kunit"}) - {user}):
+            if below == "kunit" or order.index(below) > order.index(user):
+                problems.append("%s.rs uses %s.rs, which is above it" % (user, below))
+    fail_if(problems)
 
 
 class Build:
@@ -229,7 +246,7 @@ class Crate:
         """The exports: symbol, function of the crate, files of the driver that call it."""
         rows = []
         for symbol in exports:
-            m = re.fullmatch(r"hmm_([a-z]+)_(\w+)", symbol)
+            m = re.fullmatch(r"rust_hmm_([a-z]+)_(\w+)", symbol)
             type_, method = TYPES.get(m.group(1), "?") if m else "?", m.group(2) if m else symbol
             path = "%s::%s" % (type_, method)
             users = self.holders(type_) if method == "drop" else self.callers.get(path, ())
@@ -274,7 +291,7 @@ def licenses(tally, kernels, tmp):
             raise Failure("it does not", logfile("audit-gpl"))
     with tally.test("audit: the same, proprietary, is refused"):
         status, said = module(kernels, tmp + "/proprietary", "mirror_user.rs", "Proprietary", "audit-proprietary")
-        if not status or not re.search(r"modpost: .*GPL-only symbol 'hmm_\w+'", said):
+        if not status or not re.search(r"modpost: .*GPL-only symbol 'rust_hmm_\w+'", said):
             raise Failure("modpost refuses it for no export of the crate", logfile("audit-proprietary"))
     with tally.test("audit: a proprietary module may get, put and map pages"):
         if module(kernels, tmp + "/pages", "page_user.c", "Proprietary", "audit-pages")[0]:
@@ -293,6 +310,8 @@ def export_audit(tally, kernels):
                 + [c for c in config if c.startswith("CONFIG_KUNIT=")])
     if not built:
         return
+    with tally.test("audit: the files of mm/hmm/ use only files below them"):
+        layers(kernels.src)
     with tally.test("audit: every export is GPL-only and used by the driver"):
         exported(b)
     with tally.test("audit: the driver links to nothing of mm's"):

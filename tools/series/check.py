@@ -165,6 +165,11 @@ def maintainers(src, changes):
              if not any(f.startswith(l) if l.endswith("/") else fnmatch.fnmatch(f, l) for l in lines)])
 
 
+# What a maintainer can be asked to read: lines of code in a patch, without comments and tests; patches of the
+# core; lines of earlier patches that later ones write anew, in all.
+MAX_LINES, MAX_CORE, MAX_REWRITTEN = 600, 15, 100
+CORE = "core", "device-memory"
+
 # What wants huge pages, and so no kernel of UML has; `make x86` builds it.
 X86_ONLY = "lib/test_hmm.c", "mm/huge_memory.c"
 
@@ -259,6 +264,11 @@ def all_checks(tally, base, head, kernels, worktree):
             if made != git(repo, "rev-parse", head + "^{tree}"):
                 raise Failure("another tree than git am's:\n      " + git(
                     repo, "diff", "--stat", head, made).replace("\n", "\n      "))
+    for name, _ in patches.grouped():
+        needs = patches.prerequisites(name)
+        with tally.test(("series: %s on %s" % (name, ", ".join(needs) or "the base"))[:62]):
+            tree = worktree(base, "apply", "base")
+            patches.git_am(tree, patches.alone(name))
     with tally.test("export: files and MAINTAINERS.fragment are the patches'"):
         want = patches.exports(repo, base.commit, head)
         have = patches.on_disk(patches=False)
@@ -272,13 +282,26 @@ def all_checks(tally, base, head, kernels, worktree):
         for path in files + glob.glob(patches.PATCHES + "/*.txt"):
             with open(path, "rb") as f:
                 problems += patches.mail_problems(os.path.basename(path), f.read())
-        cover = re.match(r"Subject: \[PATCH 00/(\d+)\]", read(patches.PATCHES + "/0000-cover-letter.txt"))
-        if not cover or int(cover.group(1)) != len(files):
-            problems.append("the cover letter is not that of %d patches" % len(files))
+        for name, paths in patches.grouped():
+            letter = patches.cover(name)
+            text = read(letter) if os.path.exists(letter) else ""
+            if not text.startswith("Subject: [PATCH 00/%02d] " % len(paths)):
+                problems.append("%s is not the cover letter of %d patches" % (os.path.basename(letter), len(paths)))
+        if len(glob.glob(patches.PATCHES + "/*.txt")) != len(patches.grouped()):
+            problems.append("there are other cover letters than those of the groups")
         if not git_ok(repo, "diff", "--check", base.commit, head):
             problems += git(repo, "diff", "--check", base.commit, head, check=False).splitlines()
         fail_if(problems)
     commits = git(repo, "rev-list", "--reverse", "%s..%s" % (base.commit, head)).split()
+    with tally.test("patches: %d lines of code at most, the core in %d" % (MAX_LINES, MAX_CORE)):
+        sizes = {os.path.basename(p): patches.code_lines(repo, c) for c, p in zip(commits, files)}
+        core = sum(len(paths) for name, paths in patches.grouped() if name in CORE)
+        fail_if(["%s: %d lines of code" % s for s in sizes.items() if s[1] > MAX_LINES]
+                + ["%d patches in %s" % (core, " and ".join(CORE))] * (core > MAX_CORE))
+    with tally.test("patches: %d lines of others rewritten at most" % MAX_REWRITTEN):
+        counts = patches.rewritten(repo, base.commit, head)
+        fail_if(["%d lines: %s" % (n, git(repo, "log", "-1", "--format=%s", c)) for c, n in counts.items()]
+                if sum(counts.values()) > MAX_REWRITTEN else [])
     # Each patch in the tree as it is with that patch, as many at a time as there are CPUs.
     trees = queue.SimpleQueue()
     for number in range(int(JOBS)):

@@ -120,7 +120,7 @@ PACKAGES = {
     "build": (
         ("git", tool("git")), ("make", tool("make")), ("flex", tool("flex")), ("bison", tool("bison")),
         ("bc", tool("bc")), ("perl", tool("perl")), ("cpio", tool("cpio")), ("kmod", tool("depmod")),
-        ("xz-utils", tool("xz")), ("rsync", tool("rsync")),
+        ("xz-utils", tool("xz")), ("rsync", tool("rsync")), ("ccache", tool("ccache")),
         ("LLVM", lambda: llvm() is not None),
         ("libc6-dev", lambda: compiles("int main(void) { return 0; }\n", "-static")),
         ("libelf-dev", header("gelf.h")), ("libssl-dev", header("openssl/ssl.h")),
@@ -281,10 +281,12 @@ class Toolchain:
     def __init__(self, bindgen_dir, lib_src):
         suffix, libdir = llvm()
         self.suffix = suffix
-        self.make = ["LLVM=" + (suffix or "1")]
         self.cc = "clang" + suffix
+        # ccache: a header of mm that one patch changes costs every C object of a kernel otherwise.
+        self.make = ["LLVM=" + (suffix or "1"), "CC=ccache " + self.cc]
         # LOCALVERSION is set, and empty: the release does not depend on the state of a git tree.
         self.env = dict(ENV, LIBCLANG_PATH=libdir, RUST_LIB_SRC=lib_src, LOCALVERSION="",
+                        CCACHE_DIR=os.path.join(CACHE, "ccache"), CCACHE_MAXSIZE="6G", CCACHE_COMPILERCHECK="content",
                         KBUILD_BUILD_USER="series", KBUILD_BUILD_HOST="series",
                         PATH=bindgen_dir + os.pathsep + ENV["PATH"])
 

@@ -11,10 +11,10 @@ from common import HERE, JOBS, Failure, logfile, read, run, say
 MM = "tools/testing/selftests/mm"
 MOVER = "dummy_gpu_mover.o"
 LIST = "mm-differences"
-LIMIT = 120         # seconds for a program
+LIMIT = 240         # seconds for a program
 REPEAT = 2          # a program whose memory moves runs again until it has had so many seconds ..
 TIMES = 10          # .. but not more often than this
-TIMEOUT = 900       # for the boot: it takes 3 minutes on an idle machine
+TIMEOUT = 1500      # for the boot: in UML it takes 3 minutes on an idle machine, on x86_64 11
 
 # What runs, as it is called here: a program and its arguments. uffd-unit-tests ends at the first error, so its
 # tests run by name. Those of migration take 20 s each; these are the two whose memory is private.

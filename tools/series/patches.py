@@ -14,6 +14,7 @@ from common import ENV, Failure, TOP, git, git_ok, output, read, run, scratch
 
 PATCHES = os.path.join(TOP, "patches")
 SERIES = os.path.join(TOP, "series")
+GROUPS = os.path.join(TOP, "groups")
 EXPORTED = ("mm", "include", "drivers", "rust", "arch", "Documentation", "tools/testing")
 MAX_MAIL = 100000
 FORMAT = ("-N", "--no-renames", "--no-signature", "--zero-commit", "--full-index", "--no-thread",
@@ -24,8 +25,66 @@ def patch_files():
     """The patches in the order of the file `series`."""
     if not os.path.exists(SERIES):
         raise Failure("there is no file `series`: the repository has no patches yet")
-    names = read(SERIES).split()
-    return [os.path.join(PATCHES, name) for name in names]
+    return [path for _, paths in grouped() for path in paths]
+
+
+def groups():
+    """[(name, names of the groups that it needs, subject of its first patch)], as the file `groups` has them."""
+    found = []
+    for line in read(GROUPS).splitlines():
+        if line.strip() and not line.startswith("#"):
+            name, needs, first = (part.strip() for part in line.split("|"))
+            found.append((name, needs.split(), first))
+    return found
+
+
+def grouped():
+    """[(name, patches)] of the file `series`: a line of comment begins a group."""
+    found = []
+    for line in read(SERIES).splitlines():
+        if line.startswith("# "):
+            found.append((line[2:].split(":")[0], []))
+        elif line:
+            found[-1][1].append(os.path.join(PATCHES, line))
+    return found
+
+
+def prerequisites(name):
+    """All groups that a group stands on, those that its own need included, in the order of the series."""
+    needs = {n: direct for n, direct, _ in groups()}
+    found, todo = set(), [name]
+    while todo:
+        for n in needs[todo.pop()]:
+            if n not in found:
+                found.add(n)
+                todo.append(n)
+    return [n for n in needs if n in found]
+
+
+def alone(name):
+    """The patches of a group and of those that it needs."""
+    return [p for n, paths in grouped() if n in prerequisites(name) + [name] for p in paths]
+
+
+def cover(name):
+    """The path of a group's cover letter."""
+    return os.path.join(PATCHES, "0000-%s.txt" % name)
+
+
+def series_file(names, subjects):
+    """The file `series`: the patches in their groups."""
+    starts = {first: (name, needs) for name, needs, first in groups()}
+    missing = [first for first in starts if first not in subjects]
+    if missing or subjects[0] not in starts:
+        raise Failure("the file `groups` names no patch of the series: " + (missing or [subjects[0]])[0])
+    text = ""
+    for name, subject in zip(names, subjects):
+        if subject in starts:
+            group, needs = starts[subject]
+            text += "%s# %s: %s\n" % ("\n" if text else "", group,
+                                     "needs " + " ".join(needs) if needs else "applies to the base alone")
+        text += name + "\n"
+    return text.encode()
 
 
 def key(base):
@@ -80,7 +139,8 @@ def generate(repo, base, head):
                 files["patches/" + name] = (0o644, f.read())
     if not names:
         raise Failure("no commits between base and %s in %s" % (head, repo))
-    files["series"] = (0o644, "".join(n + "\n" for n in names).encode())
+    subjects = git(repo, "log", "--reverse", "--format=%s", "%s..%s" % (base, head)).splitlines()
+    files["series"] = (0o644, series_file(names, subjects))
     files.update(exports(repo, base, head))
     return files
 
@@ -147,6 +207,42 @@ def install(want):
         os.chmod(full + ".new", mode)
         os.replace(full + ".new", full)
     return differences(want, have)
+
+
+TESTS = re.compile(r"kunit|^tools/testing/|^lib/test_|^Documentation/|_test\.")
+
+
+def code_lines(repo, commit):
+    """How many lines of code a commit adds: not blank, no comment, and not of tests."""
+    count, path, in_tests = 0, "", False
+    for line in git(repo, "show", "--format=", "--no-renames", "--no-color", "--unified=100000", commit).splitlines():
+        if line.startswith("+++ "):
+            path, in_tests = line[6:], False
+        elif line[:1] in "+ " and path:
+            in_tests = in_tests or line[1:].startswith("#[kunit_tests(")
+            text = line[1:].strip()
+            if line[0] == "+" and text and not in_tests and not TESTS.search(path) and \
+               not text.startswith(("//", "/*", "*", "# ", "#!")):
+                count += 1
+    return count
+
+
+def rewritten(repo, base, head):
+    """{commit: how many lines it takes away that an earlier commit of the series has added}."""
+    commits = git(repo, "rev-list", "--reverse", "%s..%s" % (base, head)).split()
+    counts = {}
+    for commit in commits:
+        path, ranges = None, {}
+        for line in git(repo, "diff", "--no-renames", "--no-color", "--unified=0", commit + "^", commit).splitlines():
+            if line.startswith("--- "):
+                path = line[6:] if line.startswith("--- a/") else None
+            m = re.match(r"@@ -(\d+)(?:,(\d+))? ", line)
+            if m and path and path != "MAINTAINERS" and m.group(2) != "0":
+                ranges.setdefault(path, []).extend(["-L", "%s,+%s" % (m.group(1), m.group(2) or "1")])
+        for path, lines in ranges.items():
+            blamed = git(repo, "blame", "-l", "-s", *lines, commit + "^", "--", path).splitlines()
+            counts[commit] = counts.get(commit, 0) + sum(l.split()[0] in commits for l in blamed)
+    return counts
 
 
 def mail_problems(name, data):

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 
+import patches
 from common import HERE, Failure, ahead, git, git_ok, identity, logfile, read, run
 from kernel import KUNITCONFIG
 
@@ -74,6 +75,17 @@ def walk(tally, base, head, kernels, worktree):
         name = "bisect: %d/%d %s" % (commits.index(commit) + 1, len(commits), subject)
         with tally.test(name[:62], began):
             booted.result()
+
+
+def groups(tally, base, head, kernels, worktree):
+    """Every group builds on what it needs and no more, and its KUnit suites pass."""
+    for name, _ in sample(patches.grouped(), head):
+        with tally.test("bisect: the group %s on what it needs" % name):
+            tree = worktree(base, "apply", "base")
+            patches.git_am(tree, patches.alone(name))
+            worktree(base, "src", git(tree, "rev-parse", "HEAD"))
+            builds(kernels)
+            suites_pass(kernels)
 
 
 def diff_of(path):

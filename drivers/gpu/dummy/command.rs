@@ -2,18 +2,19 @@
 
 //! The commands of the engine, and the rules that they must obey.
 //!
-//! A [`Command`] exists only once it was checked, so what runs it need not check again. Pure: all
-//! that this file knows of the layers above are the opcodes of the uAPI.
+//! [`Command::new`] is the only way to make a [`Command`], and checks it. So the code that runs a
+//! command need not check it again. The functions have no side effects. Of the layers above, this
+//! file uses only the opcodes of the uAPI.
 
 use kernel::{
     prelude::*,
     uapi, //
 };
 
-/// The largest length of a command, in bytes.
+/// The maximum length of a command, in bytes.
 ///
-/// A command can be interrupted at every page, so this only has to keep sums of lengths far from
-/// the limits of the types.
+/// A command can be interrupted before every page, so its length does not matter to other work. The
+/// limit only keeps sums of lengths far below the limits of the integer types.
 pub(crate) const MAX_LENGTH: u64 = 1 << 40;
 
 const WORD: usize = size_of::<u64>();
@@ -42,7 +43,7 @@ pub(crate) struct RawCommand {
     pub(crate) reserved: u64,
 }
 
-/// Bytes of the process's memory that a command reads or writes.
+/// A range of bytes in the process's memory that a command reads or writes.
 ///
 /// # Invariants
 ///
@@ -60,11 +61,11 @@ impl Operand {
         if len == 0 || start.checked_add(len).is_none() {
             return Err(EINVAL);
         }
-        // INVARIANT: Checked just above.
+        // INVARIANT: The check above has returned an error if `len` is zero or `start + len` wraps.
         Ok(Self { start, len })
     }
 
-    /// An operand whose address and length are multiples of a `u64`'s size.
+    /// An operand whose address and length are multiples of the size of a `u64`.
     fn new_words(start: u64, len: usize) -> Result<Self> {
         let operand = Self::new(start, len)?;
 
@@ -84,7 +85,7 @@ impl Operand {
         self.len
     }
 
-    /// The address after the last.
+    /// The first address after the operand.
     pub(crate) fn end(&self) -> usize {
         self.start + self.len
     }
@@ -98,7 +99,7 @@ impl Operand {
     }
 }
 
-/// How two sources become the destination.
+/// How [`Command::Combine`] combines its sources.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Combine {
     /// The sums of `u64`s, modulo 2^64.
@@ -107,7 +108,7 @@ pub(crate) enum Combine {
     Xor,
 }
 
-/// What a source is reduced to.
+/// What [`Command::Reduce`] computes from its source.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reduce {
     /// The sum of `u64`s, modulo 2^64.
@@ -128,23 +129,23 @@ impl Reduce {
     }
 }
 
-/// A command that was checked.
+/// A command with valid operands.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
-    /// Sets the bytes of `dst`.
+    /// Sets each byte of `dst` to `byte`.
     Fill { dst: Operand, byte: u8 },
-    /// Copies between two operands of one length that do not overlap.
+    /// Copies `src` to `dst`. They have the same length and do not overlap.
     Copy { dst: Operand, src: Operand },
-    /// Combines two operands to a third, all of one length. `dst` overlaps a source wholly or not
-    /// at all.
+    /// Combines `src` and `src2` into `dst`. All three have the same length. `dst` may be the same
+    /// range as a source, but does not overlap a source in part.
     Combine {
         how: Combine,
         dst: Operand,
         src: Operand,
         src2: Operand,
     },
-    /// Reduces `src` to a result of the length of `dst`, which is written once all of `src` was
-    /// read.
+    /// Computes a result from `src` and writes it to `dst`, after all of `src` was read. `dst` has
+    /// the length of the result.
     Reduce {
         how: Reduce,
         dst: Operand,
@@ -157,15 +158,18 @@ impl Command {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if any field has a value that the opcode does not allow. Whether there is memory
-    /// at an address is seen when it is used.
+    /// - [`EINVAL`] if a field has a value that the opcode does not allow.
+    /// - [`EFAULT`] if an address does not fit into a pointer.
+    ///
+    /// Whether memory is mapped at the addresses is not checked: the engine finds out when it
+    /// accesses them.
     pub(crate) fn new(raw: &RawCommand) -> Result<Self> {
         if raw.flags != 0 || raw.reserved != 0 || raw.length > MAX_LENGTH {
             return Err(EINVAL);
         }
         let len = usize::try_from(raw.length).map_err(|_| EINVAL)?;
 
-        // What the opcode does not use must be zero.
+        // Fields that the opcode does not use must be zero.
         let unused: &[u64] = match raw.opcode {
             FILL => &[raw.src, raw.src2],
             ADD | XOR => &[raw.value],
@@ -198,7 +202,7 @@ impl Command {
         }
     }
 
-    /// The address after the last of all operands.
+    /// The first address after all operands.
     pub(crate) fn end(&self) -> usize {
         match self {
             Self::Fill { dst, .. } => dst.end(),

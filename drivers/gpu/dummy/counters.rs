@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an instance and each of its open files count.
+//! Counters of an instance and of each of its open files.
 //!
-//! The names and their order are those of `struct dummy_gpu_stats`. Knows of nothing else, but for
-//! a switch of the tests.
+//! They have the names and the order of `struct dummy_gpu_stats`. With `CONFIG_DUMMY_GPU_DMIRROR`,
+//! [`FileStats`] also has a switch that lets an allocation of GPU memory fail, for tests. This file
+//! uses no other file of the driver.
 
 use kernel::{
     prelude::*,
@@ -20,52 +21,54 @@ use kernel::{
 #[derive(Copy, Clone)]
 #[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), expect(dead_code))]
 pub(crate) enum Counter {
-    /// Commands that ran to their end.
+    /// Commands that completed.
     Commands,
     /// Bytes that commands have read.
     BytesRead,
     /// Bytes that commands have written.
     BytesWritten,
-    /// GPU page faults.
+    /// GPU page faults that were serviced, successfully or not.
     Faults,
-    /// Windows that were mapped to service one.
-    Windows,
-    /// Invalidations of ranges that the GPU mirrors.
+    /// GPU page faults that were serviced successfully, each of which mapped a window of up to 2
+    /// MiB.
+    FaultBatches,
+    /// Invalidations of ranges in which the GPU could access a page.
     Invalidations,
-    /// Pages that they removed from the GPU's page table.
+    /// Pages that invalidations removed from the GPU's page table.
     InvalidatedPages,
-    /// Windows that had to be faulted again because an invalidation collided.
+    /// Times that a window was faulted again because an invalidation collided with the fault.
     Retries,
-    /// Pages in the GPU's page table now.
+    /// Pages that are in the GPU's page table now.
     PagesMapped,
-    /// Pages that moved to the GPU's memory.
+    /// Pages that migrated to the GPU's memory.
     PagesToDevice,
-    /// Pages that moved back for the CPU.
-    PagesTouched,
-    /// Pages that moved back for others.
+    /// Pages that migrated back to system memory because of a fault by the CPU or another device,
+    /// on the page or near it.
+    PagesCpuFaulted,
+    /// Pages that were evicted to system memory.
     PagesEvicted,
-    /// Pages that moved back on request.
+    /// Pages that the driver migrated back to system memory for a prefetch or a policy.
     PagesToSystem,
-    /// Pages in the GPU's memory now.
+    /// Pages of the GPU's memory that are in use now.
     DevicePages,
 }
 
 /// The number of counters.
 pub(crate) const COUNTERS: usize = NAMES.len();
 
-/// Their names, in order.
+/// The names of the counters, in the order of [`Counter`].
 pub(crate) const NAMES: [&str; 14] = [
     "commands",
     "bytes_read",
     "bytes_written",
     "faults",
-    "windows",
+    "fault_batches",
     "invalidations",
     "invalidated_pages",
     "retries",
     "pages_mapped",
     "pages_to_device",
-    "pages_touched",
+    "pages_cpu_faulted",
     "pages_evicted",
     "pages_to_system",
     "device_pages",
@@ -75,7 +78,8 @@ static_assert!(Counter::DevicePages as usize + 1 == COUNTERS);
 
 /// A set of counters.
 ///
-/// Each is exact; to read them while they change gives values of slightly different times.
+/// Each counter is exact. The counters are read one after the other, so while they change, the
+/// values need not agree with each other.
 pub(crate) struct Counters([Atomic<u64>; COUNTERS]);
 
 impl Counters {
@@ -102,18 +106,20 @@ impl Counters {
     }
 }
 
-/// Counts for an open file and for its instance.
-pub(crate) struct Account {
+/// The counters of an open file. Each event is also counted for the instance.
+///
+/// The `zone_device_data` of a page in the GPU's memory holds a reference to the `FileStats` of the
+/// file that migrated the page, so this can outlive the file.
+pub(crate) struct FileStats {
     file: Counters,
     instance: Arc<Counters>,
-    /// Whether the next page that is to move to the GPU for this file is to find no memory there: a
-    /// test asks so.
+    /// Whether the next allocation of GPU memory for this file fails. Set by tests.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     fails: Atomic<bool>,
 }
 
-impl Account {
-    /// Opens an account whose counts are part of those of `instance`.
+impl FileStats {
+    /// Creates counters at zero, for a new file of the instance that has the counters `instance`.
     pub(crate) fn new(instance: Arc<Counters>) -> Self {
         Self {
             file: Counters::new(),
@@ -123,19 +129,20 @@ impl Account {
         }
     }
 
-    /// Lets the next page that is to move to the GPU find no memory there.
+    /// Lets the next allocation of GPU memory for this file fail.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn fail_next(&self) {
         self.fails.store(true, Relaxed);
     }
 
-    /// Whether this page is to find no memory. The next one then does.
+    /// Whether this allocation of GPU memory must fail. Clears the request of
+    /// [`FileStats::fail_next`], so that only one allocation fails.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn fails(&self) -> bool {
         self.fails.load(Relaxed) && self.fails.xchg(false, Relaxed)
     }
 
-    /// Nobody asks so.
+    /// Only the nodes of the HMM test driver let an allocation fail.
     #[cfg(all(CONFIG_RUST_HMM_DEVICE, not(CONFIG_DUMMY_GPU_DMIRROR)))]
     pub(crate) fn fails(&self) -> bool {
         false
@@ -146,20 +153,22 @@ impl Account {
         &self.file
     }
 
-    /// Adds `count` events, or a thing that there is now.
+    /// Adds `count` to `counter`.
     pub(crate) fn add(&self, counter: Counter, count: usize) {
         self.file.add(counter, count as u64);
         self.instance.add(counter, count as u64);
     }
 
-    /// The page table of the file is gone. What happened stays in the counters of the instance,
-    /// and so do the pages in its memory for as long as they are there.
+    /// Subtracts the mapped pages of the file, whose page table is being dropped.
+    ///
+    /// The instance keeps the other counts of the file. This includes [`Counter::DevicePages`],
+    /// since the pages stay in the GPU's memory until they are freed.
     pub(crate) fn close(&self) {
         let pages = self.file.get(Counter::PagesMapped);
         self.sub(Counter::PagesMapped, pages as usize);
     }
 
-    /// Takes back `count` things that there are no longer.
+    /// Subtracts `count` from `counter`, which tells how many pages there are now.
     pub(crate) fn sub(&self, counter: Counter, count: usize) {
         self.file.sub(counter, count as u64);
         self.instance.sub(counter, count as u64);
@@ -194,8 +203,8 @@ mod tests {
     #[test]
     fn an_instance_counts_for_all_its_files() -> Result {
         let instance = Arc::new(Counters::new(), GFP_KERNEL)?;
-        let first = Account::new(instance.clone());
-        let second = Account::new(instance.clone());
+        let first = FileStats::new(instance.clone());
+        let second = FileStats::new(instance.clone());
 
         first.add(Counter::BytesRead, 3);
         second.add(Counter::BytesRead, 4);
@@ -208,8 +217,8 @@ mod tests {
     #[test]
     fn a_closed_file_leaves_its_events_and_takes_its_pages() -> Result {
         let instance = Arc::new(Counters::new(), GFP_KERNEL)?;
-        let file = Account::new(instance.clone());
-        let other = Account::new(instance.clone());
+        let file = FileStats::new(instance.clone());
+        let other = FileStats::new(instance.clone());
 
         file.add(Counter::Faults, 2);
         file.add(Counter::PagesMapped, 10);

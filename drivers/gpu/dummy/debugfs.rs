@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The counters in debugfs: in `dummy_gpu/dummy_gpuN/stats` those of an instance, and in
-//! `dummy_gpu/dummy_gpuN/files/TGID-ID` those of each open file of the process TGID, where ID tells
-//! apart the files of one process.
+//! The counters in debugfs.
 //!
-//! A line each: the name that the counter has in `struct dummy_gpu_stats`, and its value. Reads
-//! counters, and nothing else.
+//! - `dummy_gpu/dummy_gpuN/stats` has the counters of instance N.
+//! - `dummy_gpu/dummy_gpuN/files/TGID-ID` has those of an open file. TGID is the process that
+//!   opened it; ID tells apart the files of one process.
+//!
+//! Each line is the name that the counter has in `struct dummy_gpu_stats`, and its value.
 
 use super::counters::{
-    Account,
     Counters,
+    FileStats,
     NAMES, //
 };
 use kernel::{
@@ -36,7 +37,7 @@ fn show(counters: &Counters, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     Ok(())
 }
 
-/// The directory of an instance.
+/// The debugfs directory of an instance.
 pub(crate) struct InstanceDir {
     dir: Dir,
     files: Dir,
@@ -44,7 +45,7 @@ pub(crate) struct InstanceDir {
 }
 
 impl InstanceDir {
-    /// Creates the directory `name`.
+    /// Creates the directory `name` in `root`.
     pub(crate) fn new(root: &Dir, name: &CStr) -> Self {
         let dir = root.subdir(name);
 
@@ -55,7 +56,8 @@ impl InstanceDir {
         }
     }
 
-    /// Shows the counters of the instance, for as long as the file is not dropped.
+    /// Creates the file that shows the counters of the instance. Dropping it removes it from
+    /// debugfs.
     pub(crate) fn instance(
         &self,
         counters: Arc<Counters>,
@@ -64,7 +66,7 @@ impl InstanceDir {
             .read_callback_file(c"stats", counters, &|counters, f| show(counters, f))
     }
 
-    /// Names a file that the current process opens.
+    /// Returns a new name, TGID-ID, for a file that the current process opens.
     ///
     /// # Errors
     ///
@@ -75,13 +77,14 @@ impl InstanceDir {
         CString::try_from_fmt(fmt!("{}-{}", current!().tgid(), id))
     }
 
-    /// Shows the counters of an open file.
+    /// Creates the file that shows the counters of an open file. Dropping it removes it from
+    /// debugfs.
     pub(crate) fn file<'a>(
         &'a self,
         name: &'a CStr,
-        account: Arc<Account>,
-    ) -> impl PinInit<File<Arc<Account>>> + 'a {
+        stats: Arc<FileStats>,
+    ) -> impl PinInit<File<Arc<FileStats>>> + 'a {
         self.files
-            .read_callback_file(name, account, &|account, f| show(account.counters(), f))
+            .read_callback_file(name, stats, &|stats, f| show(stats.counters(), f))
     }
 }

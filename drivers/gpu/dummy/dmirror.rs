@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Nodes with the ioctls of the HMM test driver, `lib/test_hmm.c`: so that the tests that are
-//! written for it test `hmm`, those that need neither coherent memory nor large folios.
+//! Device nodes with the ioctls of the HMM test driver, `lib/test_hmm.c`.
 //!
-//! `/dev/hmm_dmirrorN` is another node of instance N. Reads and checks what user space passes, and
-//! calls [`Svm`], as `uapi` does for the GPU's own node; there is no way into `hmm` but that. What
-//! differs from the test driver: only the process that opened a node may use it; pages that have
-//! migrated stay in the GPU's memory when the node is closed; nothing migrates of a range of which
-//! a part cannot be read, as far as a look without a fault tells. As with the test driver, READ and
-//! WRITE leave pages where they are.
+//! `tools/testing/selftests/mm/hmm-tests` is written for that driver. With these nodes its tests
+//! run on the Rust crate `hmm`, except those that need coherent device memory or large folios.
+//!
+//! `/dev/hmm_dmirrorN` is a second node of instance N. Like `uapi.rs` for the GPU's own node, this
+//! file checks what user space passes, and accesses and migrates the memory of the process only
+//! through [`Svm`]. It differs from the test driver as follows:
+//!
+//! - Only the process that opened a node may use it.
+//! - Migrated pages stay in the GPU's memory when the node is closed.
+//! - A migration moves nothing if a snapshot shows that a part of the range cannot be read.
+//!
+//! As in the test driver, READ and WRITE do not migrate pages to or from the GPU's memory.
 //!
 //! C header: [`lib/test_hmm_uapi.h`](srctree/lib/test_hmm_uapi.h)
 
@@ -21,20 +26,20 @@ use super::{
     mmu::TABLE_SIZE,
     policy::Policy,
     svm::{
-        Patience,
-        Place,
-        Svm,
-        Window, //
+        FaultBuffers,
+        Location,
+        RetryLimit,
+        Svm, //
     }, //
 };
 use core::mem::offset_of;
 use hmm::{
     Access,
-    Device,
+    DevicePage,
     Entry,
     Miss,
     PageRange,
-    Ram,
+    RamPage,
     ReadPage,
     WritePage, //
 };
@@ -78,7 +83,7 @@ const RELEASE: u32 = command(7);
 const FLAGS: u32 = command(8);
 const READ_UNLOCKED: u32 = command(9);
 
-/// `HMM_DMIRROR_FLAG_FAIL_ALLOC`, which bindgen does not see.
+/// `HMM_DMIRROR_FLAG_FAIL_ALLOC`, for which bindgen generates no constant.
 const FLAG_FAIL_ALLOC: u64 = 1 << 0;
 
 const PROT_ERROR: u8 = uapi::HMM_DMIRROR_PROT_ERROR as u8;
@@ -89,23 +94,23 @@ const PROT_PMD: u8 = uapi::HMM_DMIRROR_PROT_PMD as u8;
 const PROT_ZERO: u8 = uapi::HMM_DMIRROR_PROT_ZERO as u8;
 const PROT_LOCAL: u8 = uapi::HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL as u8;
 
-/// The order of what a PMD maps, where there are such mappings.
+/// The order of the 2 MiB that a PMD maps, where there are PMD mappings.
 const PMD_ORDER: u32 = SZ_2M.trailing_zeros() - PAGE_SHIFT as u32;
 
 const WORD: usize = size_of::<u64>();
 const WORDS: usize = size_of::<uapi::hmm_dmirror_cmd>() / WORD;
 
-/// The index of the word that is a field of the structure.
+/// The index of a field in `struct hmm_dmirror_cmd`, whose fields are all 64-bit words.
 macro_rules! word {
     ($field:ident) => {
         offset_of!(uapi::hmm_dmirror_cmd, $field) / WORD
     };
 }
 
-/// The most bytes of one command that copies them, and of a mapping of a node.
+/// The maximum number of bytes that one command copies, and of one mapping of a node.
 const MAX_BYTES: usize = SZ_1G;
 
-/// The nodes of both instances.
+/// The `hmm_dmirror` nodes of both instances.
 #[pin_data]
 pub(crate) struct Nodes {
     #[pin]
@@ -115,7 +120,7 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    /// Registers them.
+    /// Registers the nodes.
     ///
     /// # Errors
     ///
@@ -130,7 +135,7 @@ impl Nodes {
     }
 }
 
-/// An open node.
+/// An open file of a node.
 struct Dmirror(Pin<KBox<OpenFile>>);
 
 #[vtable]
@@ -163,29 +168,32 @@ impl MiscDevice for Dmirror {
     }
 }
 
-/// What a command says of itself.
+/// The outcome of a command, for its output fields.
 #[derive(Default)]
 struct Done {
-    /// The pages that it is about in the end.
+    /// `cpages`: the number of pages that were accessed, migrated or looked at.
     pages: usize,
-    /// The rounds of GPU page faults.
+    /// `faults`: how often the command stopped to fault pages.
     faults: u64,
 }
 
-/// Handles an ioctl on a node whose file is bound to `svm`, in which the current task runs.
+/// Handles an ioctl on a node whose file is bound to `svm`. The current task runs in that address
+/// space.
 ///
 /// # Errors
 ///
-/// - [`EPERM`] for what the process may not write.
-/// - [`EFAULT`] if user memory cannot be accessed, or there is none that may be read.
-/// - [`EINVAL`] for a command or a flag that is not known, for a range that is empty, not aligned
-///   or wraps, and, for one that migrates, if not all of it is memory that may be read.
-/// - [`ENOENT`] if a page that was to migrate is not on the device, or if one that was to be
-///   exclusive is not any more.
-/// - [`EOPNOTSUPP`] if a page cannot be exclusive.
+/// - [`EPERM`] if the process may not write the memory, or if `CHECK_EXCLUSIVE` finds a page that
+///   is still exclusive to the GPU.
+/// - [`EFAULT`] if user memory cannot be accessed, or the range has no memory that may be read.
+/// - [`EINVAL`] if the command or a flag is unknown; if the range is empty, not aligned or wraps;
+///   for a migration, if a part of the range is no memory that may be read.
+/// - [`ENOENT`] if a page is not in the GPU's memory after it was to migrate there, or is not
+///   exclusive any more after it was made exclusive.
+/// - [`EOPNOTSUPP`] if a page cannot be made exclusive.
 /// - [`ENODEV`] if the GPU has no memory.
 /// - [`EINTR`] on a signal.
-/// - [`EBUSY`] if the pages were taken away again and again.
+/// - [`EBUSY`] if invalidations kept taking the pages away, or if `RELEASE` could not evict all
+///   pages.
 /// - [`ENOMEM`].
 fn ioctl(svm: &Svm, cmd: u32, arg: usize) -> Result<isize> {
     let user = UserSlice::new(UserPtr::from_addr(arg), WORDS * WORD);
@@ -228,7 +236,7 @@ fn range(addr: u64, npages: u64) -> Result<PageRange> {
     PageRange::from_len(start, pages.checked_mul(PAGE_SIZE).ok_or(EINVAL)?)
 }
 
-/// Room for the bytes of `range`. Nothing is in it yet.
+/// Allocates an empty buffer with room for the bytes of `range`.
 fn bounce(range: PageRange) -> Result<KVVec<u8>> {
     if range.len() > MAX_BYTES {
         return Err(ENOMEM);
@@ -236,15 +244,15 @@ fn bounce(range: PageRange) -> Result<KVVec<u8>> {
     Ok(KVVec::with_capacity(range.len(), GFP_KERNEL_ACCOUNT)?)
 }
 
-/// Each page of `range`, with the part of `bytes` that is its.
+/// Iterates over the pages of `range`: the address of each, and the part of `bytes` for it.
 fn pages(range: PageRange, bytes: &mut [u8]) -> impl Iterator<Item = (usize, &mut [u8])> {
     (range.start()..range.end())
         .step_by(PAGE_SIZE)
         .zip(bytes.chunks_exact_mut(PAGE_SIZE))
 }
 
-/// Calls `access_page` for each page of `range` until it does not miss. Where it does, what follows
-/// is faulted for `access`, which makes a round.
+/// Calls `access_page` for each page of `range`. If it misses, faults the rest of the range for
+/// `access` and calls it again for the same page.
 fn access(
     svm: &Svm,
     range: PageRange,
@@ -252,16 +260,16 @@ fn access(
     access: Access,
     access_page: impl Fn(usize, &mut [u8]) -> Result<(), Miss>,
 ) -> Result<Done> {
-    let mut window = Window::new()?;
-    let mut patience = Patience::new(Instant::now());
+    let mut bufs = FaultBuffers::new()?;
+    let mut retry_limit = RetryLimit::new(Instant::now());
     let mut done = Done::default();
 
     for (va, page) in pages(range, bytes) {
         while access_page(va, page).is_err() {
-            patience.fault(done.pages as u64, Instant::now())?;
+            retry_limit.fault(done.pages as u64, Instant::now())?;
             let next = PageRange::new(va, range.end())?;
-            match svm.fault_in(next, access, &mut window) {
-                // When that is final, patience says.
+            match svm.fault_in(next, access, &mut bufs) {
+                // The core has given up for now. `retry_limit` decides whether to try again.
                 Err(err) if err == EBUSY => {}
                 result => result?,
             }
@@ -294,7 +302,8 @@ fn write(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     })
 }
 
-/// Reads `range` as it is mapped for the GPU, and gives `bytes` to the user if all of it is.
+/// Reads `range` through the GPU's page table, without faulting, and copies the bytes to user
+/// memory. Fails with [`ENOENT`] if the GPU may not access a page of it.
 fn read_back(svm: &Svm, range: PageRange, mut bytes: KVVec<u8>, ptr: UserPtr) -> Result<Done> {
     bytes.resize(range.len(), 0, GFP_KERNEL_ACCOUNT)?;
     for (va, page) in pages(range, &mut bytes) {
@@ -310,12 +319,12 @@ fn read_back(svm: &Svm, range: PageRange, mut bytes: KVVec<u8>, ptr: UserPtr) ->
     })
 }
 
-/// Looks at `range`, a window at a time: `f` gets the part that one is, and what there is at each
-/// page of it, as the test driver tells it.
+/// Takes snapshots of `range`, one window of up to 2 MiB at a time. Calls `f` for each window with
+/// the `HMM_DMIRROR_PROT_*` value of each of its pages.
 fn look(
     svm: &Svm,
     range: PageRange,
-    window: &mut Window,
+    bufs: &mut FaultBuffers,
     mut f: impl FnMut(&[u8]) -> Result,
 ) -> Result {
     const PAGES: usize = TABLE_SIZE / PAGE_SIZE;
@@ -328,13 +337,13 @@ fn look(
         }
         let end = range.end().min((va / TABLE_SIZE + 1) * TABLE_SIZE);
         let seen = &mut seen[..(end - va) / PAGE_SIZE];
-        let result = svm.snapshot(PageRange::new(va, end)?, window, |commit| {
+        let result = svm.snapshot(PageRange::new(va, end)?, bufs, |commit| {
             for ((_, entry), seen) in commit.entries().zip(&mut *seen) {
                 *seen = protection(&entry);
             }
         });
         match result {
-            // Nothing is mapped there at all.
+            // Nothing is mapped in the window.
             Err(err) if err == EFAULT => seen.fill(PROT_ERROR),
             result => result?,
         }
@@ -344,7 +353,7 @@ fn look(
     Ok(())
 }
 
-/// What there is at a page, in the words of the test driver.
+/// The `HMM_DMIRROR_PROT_*` value for an entry.
 fn protection(entry: &Entry<'_>) -> u8 {
     let read = |page: &ReadPage<'_>| match page.is_zero() {
         true => PROT_READ | PROT_ZERO | pmd(page.order()),
@@ -354,10 +363,10 @@ fn protection(entry: &Entry<'_>) -> u8 {
 
     match entry {
         Entry::Hole => PROT_NONE,
-        Entry::Ram(Ram::Read(page)) => read(page),
-        Entry::Ram(Ram::Write(page)) => write(page),
-        Entry::Device(Device::Read(page)) => PROT_LOCAL | read(page),
-        Entry::Device(Device::Write(page)) => PROT_LOCAL | write(page),
+        Entry::Ram(RamPage::Read(page)) => read(page),
+        Entry::Ram(RamPage::Write(page)) => write(page),
+        Entry::Device(DevicePage::Read(page)) => PROT_LOCAL | read(page),
+        Entry::Device(DevicePage::Write(page)) => PROT_LOCAL | write(page),
         _ => PROT_ERROR,
     }
 }
@@ -370,10 +379,10 @@ fn pmd(order: u32) -> u8 {
 }
 
 fn snapshot(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
-    let mut window = Window::new()?;
+    let mut bufs = FaultBuffers::new()?;
     let mut done = Done::default();
 
-    look(svm, range, &mut window, |seen| {
+    look(svm, range, &mut bufs, |seen| {
         let at = ptr.wrapping_byte_add(done.pages);
         UserSlice::new(at, seen.len()).writer().write_slice(seen)?;
         done.pages += seen.len();
@@ -382,34 +391,33 @@ fn snapshot(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     Ok(done)
 }
 
-/// Checks that all of `range` is memory that may be read, so that nothing moves if not.
-fn check_readable(svm: &Svm, range: PageRange, window: &mut Window) -> Result {
-    look(svm, range, window, |seen| {
-        match seen.contains(&PROT_ERROR) {
-            true => Err(EINVAL),
-            false => Ok(()),
-        }
+/// Fails with [`EINVAL`] unless the process may read all of `range`. A migration checks this before
+/// it moves anything.
+fn check_readable(svm: &Svm, range: PageRange, bufs: &mut FaultBuffers) -> Result {
+    look(svm, range, bufs, |seen| match seen.contains(&PROT_ERROR) {
+        true => Err(EINVAL),
+        false => Ok(()),
     })
 }
 
 fn migrate_to_device(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     let bytes = bounce(range)?;
-    let mut window = Window::new()?;
+    let mut bufs = FaultBuffers::new()?;
 
-    check_readable(svm, range, &mut window)?;
-    svm.prefetch(range, Place::Device)?.result?;
+    check_readable(svm, range, &mut bufs)?;
+    svm.prefetch(range, Location::Device)?.result?;
     let mut va = range.start();
     while va < range.end() {
-        va = svm.map_device_pages(PageRange::new(va, range.end())?, &mut window)?;
+        va = svm.map_device_pages(PageRange::new(va, range.end())?, &mut bufs)?;
     }
     read_back(svm, range, bytes, ptr)
 }
 
 fn migrate_to_system(svm: &Svm, range: PageRange, _ptr: UserPtr) -> Result<Done> {
-    let mut window = Window::new()?;
+    let mut bufs = FaultBuffers::new()?;
 
-    check_readable(svm, range, &mut window)?;
-    let moved = svm.prefetch(range, Place::System)?;
+    check_readable(svm, range, &mut bufs)?;
+    let moved = svm.prefetch(range, Location::System)?;
     moved.result?;
     Ok(Done {
         pages: moved.pages,
@@ -419,10 +427,10 @@ fn migrate_to_system(svm: &Svm, range: PageRange, _ptr: UserPtr) -> Result<Done>
 
 fn exclusive(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     let bytes = bounce(range)?;
-    let mut window = Window::new()?;
+    let mut bufs = FaultBuffers::new()?;
 
     for va in (range.start()..range.end()).step_by(PAGE_SIZE) {
-        svm.make_exclusive(va, &mut window)?;
+        svm.make_exclusive(va, &mut bufs)?;
     }
     read_back(svm, range, bytes, ptr)
 }
@@ -431,7 +439,8 @@ fn flags(svm: &Svm, flags: u64) -> Result<Done> {
     if flags & !FLAG_FAIL_ALLOC != 0 {
         return Err(EINVAL);
     }
-    // Zero, which would take it back, is no number of pages: see `range()`.
-    svm.account().fail_next();
+    // The flags are in `npages`, so they are not zero here: `ioctl()` has failed for an empty
+    // range. A request cannot be cleared.
+    svm.stats().fail_next();
     Ok(Done::default())
 }

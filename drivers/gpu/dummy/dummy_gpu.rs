@@ -2,22 +2,23 @@
 
 //! A GPU made of software that computes on the memory of processes, by plain pointers.
 //!
-//! It tests the Rust HMM core and shows how a driver uses it. Each layer is a file and calls only
-//! those below it:
+//! It tests the Rust HMM core, the crate `hmm`, and shows how a driver uses it. Each layer is a
+//! file and calls only layers that are listed below it:
 //!
-//! - `dmirror`: nodes with the ioctls of the HMM test driver.
+//! - `dmirror`: device nodes with the ioctls of the HMM test driver.
 //! - `gpu`: the instances and their open files.
-//! - `uapi`, `debugfs`: ioctls, and counters to read.
-//! - `job`: one submission; the engine's turns and the submitting task's.
-//! - `engine`, `command`: what the GPU computes. Pure.
-//! - `svm`: the address space of a process for the GPU, which is the memory that an engine is
-//!   given; services GPU page faults through `hmm`.
-//! - `policy`: which memory is to be where. Pure.
+//! - `uapi`, `debugfs`: the ioctls, and the counters in debugfs.
+//! - `job`: one submission, which a work item and the submitting task process in turns.
+//! - `engine`, `command`: the computations of the GPU. They do no I/O and take no locks.
+//! - `svm`: the address space of a process as the GPU sees it. Gives the engine access to memory,
+//!   and services GPU page faults through `hmm`.
+//! - `policy`: which ranges of addresses belong in which memory.
 //! - `vram`: the GPU's memory and its copy engine.
-//! - `mmu`: the GPU's page table. Pure.
-//! - `counters`: what all of them count.
+//! - `mmu`: the GPU's page table.
+//! - `counters`: the statistics.
 //!
-//! There is no unsafe code: what a driver must not do with a process's memory, it cannot express.
+//! The driver has no unsafe code. The types of `hmm` do not let it access memory of a process that
+//! the process itself could not access, or that mm has taken away.
 //!
 //! Reference: <https://docs.kernel.org/gpu/dummy-gpu.html>
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The engine: runs commands on virtual addresses, a page at a time.
+//! The engine: runs commands on virtual addresses, one page at a time.
 //!
-//! It reaches memory through the [`Memory`] trait only and does not know whose memory it is. When
-//! an access misses it stops and says where; run again, it goes on with the same bytes. It can stop
-//! before every page for other reasons too, so that nothing ever waits for more than a page of
-//! work. Pure: all that it calls is allocation.
+//! The engine accesses memory only through the [`Memory`] trait and does not know whose memory it
+//! is. When an access misses, the engine stops and returns the address. The next call of
+//! [`Engine::run`] repeats the same access. The engine can also be stopped before each page, so
+//! that a caller never waits for more than a page of work. It takes no locks; [`Engine::new`]
+//! allocates.
 
 #[cfg(CONFIG_DUMMY_GPU_KUNIT_TEST)]
 mod kunit;
@@ -31,10 +32,11 @@ use kernel::{
 
 /// How the engine accesses memory.
 pub(crate) trait Memory {
-    /// Copies from memory at `va`. The bytes lie in one page.
+    /// Copies from memory at `va` to `buf`. The bytes lie in one page.
     fn read(&mut self, va: usize, buf: &mut [u8]) -> Result<(), Miss>;
 
-    /// Copies to memory at `va`. The bytes lie in one page, and none is written on a miss.
+    /// Copies `buf` to memory at `va`. The bytes lie in one page. On a miss none of them is
+    /// written.
     fn write(&mut self, va: usize, buf: &[u8]) -> Result<(), Miss>;
 }
 
@@ -43,9 +45,9 @@ pub(crate) trait Memory {
 pub(crate) struct Fault {
     /// The first byte that could not be accessed.
     pub(crate) va: usize,
-    /// How it was to be accessed.
+    /// The access that missed.
     pub(crate) access: Access,
-    /// The bytes from `va` on that the command will access in this way. Not zero.
+    /// The number of bytes from `va` on that the command will access in this way. Not zero.
     pub(crate) len: usize,
 }
 
@@ -54,34 +56,34 @@ pub(crate) struct Fault {
 pub(crate) enum Stop {
     /// All commands ran.
     Done,
-    /// An access missed. To run again makes sense once it is served.
+    /// An access missed. It will miss again until the fault is serviced.
     Fault(Fault),
-    /// It was told not to go on.
+    /// The `go_on` callback returned `false`.
     Paused,
 }
 
-/// Commands, and how far they ran.
+/// A list of commands, and how far they have run.
 pub(crate) struct Engine {
     commands: KVVec<Command>,
-    /// The commands that ran to their end.
+    /// The number of commands that completed.
     completed: usize,
-    /// The bytes of the sources, or of the destination of a fill, that are done.
+    /// The number of bytes of each source, or of the destination of a fill, that are done.
     offset: usize,
-    /// The bytes of the result that are written.
+    /// The number of bytes of the result that were written.
     written: usize,
     sum: u64,
     crc: Crc32,
     histogram: KVec<u64>,
-    /// The pages of work that were done.
+    /// The number of steps done. A step handles up to one page of each operand.
     steps: u64,
-    /// A page of the first source, of the result, or to be written.
+    /// A buffer of one page for the first source, for the result, or for the bytes to write.
     page: KVec<u8>,
-    /// A page of the second source.
+    /// A buffer of one page for the second source.
     page2: KVec<u8>,
 }
 
 impl Engine {
-    /// Creates an engine that is to run `commands`.
+    /// Creates an engine to run `commands`.
     ///
     /// # Errors
     ///
@@ -101,18 +103,18 @@ impl Engine {
         })
     }
 
-    /// The number of commands that ran to their end.
+    /// The number of commands that completed.
     pub(crate) fn completed(&self) -> usize {
         self.completed
     }
 
-    /// Grows whenever a page of work was done.
+    /// The number of steps done, of up to one page each.
     pub(crate) fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Runs until the last command ends, an access misses or `go_on`, which is asked before each
-    /// page of work, says no.
+    /// Runs until the last command completes, an access misses, or `go_on` returns `false`. `go_on`
+    /// is called before each step.
     pub(crate) fn run(
         &mut self,
         memory: &mut impl Memory,
@@ -135,7 +137,7 @@ impl Engine {
         Stop::Done
     }
 
-    /// Forgets all about the command that ran to its end.
+    /// Resets the state of the current command, which has completed.
     fn end_command(&mut self) {
         self.completed += 1;
         self.offset = 0;
@@ -145,7 +147,8 @@ impl Engine {
         self.histogram.fill(0);
     }
 
-    /// Does a page of work and returns whether the command ended. Nothing changes on a fault.
+    /// Runs one step of `command`. Returns whether the command has completed. On a fault no
+    /// progress is recorded, so the step can be repeated.
     fn step(&mut self, command: Command, memory: &mut impl Memory) -> Result<bool, Fault> {
         match command {
             Command::Fill { dst, byte } => {
@@ -195,7 +198,7 @@ impl Engine {
         }
     }
 
-    /// Reduces a page of `src`.
+    /// Adds up to one page of `src` to the result.
     fn reduce(&mut self, how: Reduce, src: Operand, memory: &mut impl Memory) -> Result<(), Fault> {
         let page = &mut self.page[..step_len(self.offset, &[src])];
 
@@ -215,7 +218,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Writes a page of the result.
+    /// Writes the part of the result that lies in one page.
     fn write_result(
         &mut self,
         how: Reduce,
@@ -243,10 +246,10 @@ impl Engine {
     }
 }
 
-// A result is made in one page.
+// `write_result()` builds the whole result in the buffer of one page.
 static_assert!(HISTOGRAM_BINS * size_of::<u64>() <= PAGE_SIZE);
 
-/// The bytes from `offset` on that cross a page boundary in none of the operands.
+/// The number of bytes from `offset` on that lie in one page of each operand.
 fn step_len(offset: usize, operands: &[Operand]) -> usize {
     let mut len = PAGE_SIZE;
     for operand in operands {
@@ -288,7 +291,7 @@ fn fault(operand: Operand, miss: Miss) -> Fault {
     }
 }
 
-/// The `u64`s that make up `bytes`.
+/// Iterates over the `u64`s in `bytes`.
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks_exact(size_of::<u64>()).map(|bytes| {
         let mut word = [0; size_of::<u64>()];
@@ -305,7 +308,7 @@ fn add(bytes: &mut [u8], other: &[u8]) {
     }
 }
 
-/// Xors `other` to `bytes`: the `u64`s that they have, and the bytes that are left.
+/// Xors `other` into `bytes`: as `u64`s, then the bytes that are left.
 fn xor(bytes: &mut [u8], other: &[u8]) {
     let mut chunks = bytes.chunks_exact_mut(size_of::<u64>());
     let rest = other.chunks_exact(size_of::<u64>()).remainder();
@@ -319,9 +322,9 @@ fn xor(bytes: &mut [u8], other: &[u8]) {
     }
 }
 
-/// The CRC-32 of IEEE 802.3, the same as zlib's.
+/// The CRC-32 of IEEE 802.3, as computed by zlib.
 ///
-/// lib/crc has it too, but no Rust abstraction: these few lines are less than one would be.
+/// `lib/crc` has no Rust abstraction, which would be longer than this implementation.
 struct Crc32(u32);
 
 impl Crc32 {

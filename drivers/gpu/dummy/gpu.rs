@@ -2,14 +2,14 @@
 
 //! The instances of the device, and their open files.
 //!
-//! An instance is a faux device, a node in /dev, memory and counters. Opening the node gives the
-//! GPU the address space of the process that opens it, for as long as the file is open. Owns the
-//! layers below, and passes the ioctls to [`uapi`].
+//! An instance is a faux device, a node in `/dev`, GPU memory and counters. While a file of the
+//! node is open, the GPU can access the address space of the process that opened it. This file owns
+//! the objects of the layers below and passes the ioctls to [`uapi`].
 
 use super::{
     counters::{
-        Account,
-        Counters, //
+        Counters,
+        FileStats, //
     },
     debugfs::InstanceDir,
     policy::Policy,
@@ -36,7 +36,7 @@ use kernel::{
     }, //
 };
 
-/// What the open files of an instance share.
+/// The state of an instance that its open files share.
 pub(crate) struct Gpu {
     counters: Arc<Counters>,
     dir: InstanceDir,
@@ -44,11 +44,12 @@ pub(crate) struct Gpu {
 }
 
 impl Gpu {
-    /// Makes a GPU with `vram_size` bytes of memory, and a directory in `root` of debugfs.
+    /// Creates a GPU with `vram_size` bytes of memory, and a directory for it in the debugfs
+    /// directory `root`.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the memory is too large, [`ENOMEM`].
+    /// [`EINVAL`] if `vram_size` is too large, [`ENOMEM`].
     pub(crate) fn new(
         name: &'static CStr,
         root: &debugfs::Dir,
@@ -71,7 +72,7 @@ impl Gpu {
 /// An instance of the device.
 #[pin_data]
 pub(crate) struct Instance {
-    // Goes first: no file is opened any more.
+    // Dropped first, so that no file can be opened any more.
     #[pin]
     _node: MiscDeviceRegistration<OpenFile>,
     #[pin]
@@ -98,38 +99,39 @@ impl Instance {
     }
 }
 
-/// An open file: the address space of the process that opened it, for the GPU.
+/// An open file, bound to the address space of the process that opened it.
 #[pin_data]
 pub(crate) struct OpenFile {
     gpu: Arc<Gpu>,
-    account: Arc<Account>,
-    /// The policy that all addresses have at first.
+    stats: Arc<FileStats>,
+    /// The initial policy of all addresses.
     policy: Policy,
     /// The address space of the task that opened the file.
     mm: ARef<Mm>,
-    /// The same as the GPU sees it, from the first ioctl on.
+    /// The GPU's view of `mm`. The first ioctl creates it.
     #[pin]
     svm: Mutex<Option<Arc<Svm>>>,
     #[pin]
-    _stats: debugfs::File<Arc<Account>>,
+    _stats: debugfs::File<Arc<FileStats>>,
 }
 
 impl OpenFile {
-    /// Binds a file to the address space of the current task, all addresses of which have `policy`.
+    /// Binds a new file to the address space of the current task. All addresses have `policy` at
+    /// first.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the task has none, [`ENOMEM`].
+    /// [`EINVAL`] if the task has no address space, [`ENOMEM`].
     pub(crate) fn new(gpu: &Arc<Gpu>, policy: Policy) -> Result<Pin<KBox<Self>>> {
         let mm = ARef::from(&**current!().mm().ok_or(EINVAL)?);
-        let account = Arc::new(Account::new(gpu.counters.clone()), GFP_KERNEL_ACCOUNT)?;
+        let stats = Arc::new(FileStats::new(gpu.counters.clone()), GFP_KERNEL_ACCOUNT)?;
         let name = gpu.dir.name_file()?;
 
         KBox::try_pin_init(
             try_pin_init!(Self {
-                _stats <- gpu.dir.file(&name, account.clone()),
+                _stats <- gpu.dir.file(&name, stats.clone()),
                 gpu: gpu.clone(),
-                account,
+                stats,
                 policy,
                 mm,
                 svm <- new_mutex!(None, "dummy_gpu::svm"),
@@ -138,11 +140,12 @@ impl OpenFile {
         )
     }
 
-    /// The address space that the file is bound to, if the current task runs in it.
+    /// Returns the address space that the file is bound to, if the current task runs in it.
     ///
-    /// The first call mirrors the address space. open() does not, because `misc_open()` calls it
-    /// with `misc_mtx` held, which every open() of a misc device takes: a process that keeps its
-    /// `mmap_lock` busy would hold up all of them.
+    /// The first call creates the mirror of the address space. It is not created in open(), because
+    /// `misc_open()` holds `misc_mtx`, which every open() of a misc device takes, and creating a
+    /// mirror may wait for `mmap_lock`. A process that keeps its `mmap_lock` busy would block all
+    /// of these open() calls.
     ///
     /// # Errors
     ///
@@ -160,8 +163,8 @@ impl OpenFile {
         if !core::ptr::eq::<Mm>(&**mm, &*self.mm) {
             return Err(EPERM);
         }
-        let new = match Svm::new(self.account.clone(), self.gpu.vram.clone(), self.policy) {
-            // Nothing was done. The signal is handled, and the ioctl starts again.
+        let new = match Svm::new(self.stats.clone(), self.gpu.vram.clone(), self.policy) {
+            // Nothing was done yet: let the task handle the signal and start the ioctl again.
             Err(EINTR) => return Err(ERESTARTNOINTR),
             result => result?,
         };
@@ -181,8 +184,8 @@ impl MiscDevice for OpenFile {
     fn ioctl(this: Pin<&Self>, _file: &File, cmd: u32, arg: usize) -> Result<isize> {
         let handler = uapi::handler(cmd)?;
 
-        // The addresses in the structure, and the one that it is at, are of the process that opened
-        // the file.
+        // `svm()` fails unless the current task runs in the address space of the file. So `arg` and
+        // the addresses in the structure refer to that address space.
         handler(&this.svm()?, UserPtr::from_addr(arg)).map(|()| 0)
     }
 }

@@ -2,13 +2,14 @@
 
 //! One submission: the work item that runs its commands, and the task that waits for it.
 //!
-//! The two take turns. The submitting task enqueues the work item and waits. The work item runs the
-//! engine until all is done, an access misses, or its slice of time is over, says which, and
-//! returns: a worker never waits for anything. The submitting task services the GPU page fault,
-//! inside its ioctl and as the process whose memory it is, and enqueues the work item again. So a
-//! fault handler that never answers holds up one task, which can be killed, and no worker.
+//! The work item and the submitting task take turns. The task enqueues the work item and waits. The
+//! work item runs the engine until all commands are done, an access misses, or its time slice is
+//! over. Then it stores the reason and returns. On a miss, the submitting task services the GPU
+//! page fault inside its ioctl, and enqueues the work item again. So no worker ever waits for a
+//! page fault. A fault handler that never answers, of userfaultfd for example, blocks only the
+//! submitting task, which can be killed.
 //!
-//! When the ioctl returns the work item has returned too, whatever happened.
+//! When the ioctl returns, the work item has always returned too.
 
 use super::{
     command::Command,
@@ -18,9 +19,9 @@ use super::{
         Stop, //
     },
     svm::{
-        Patience,
-        Svm,
-        Window, //
+        FaultBuffers,
+        RetryLimit,
+        Svm, //
     }, //
 };
 use kernel::{
@@ -46,31 +47,33 @@ use kernel::{
     }, //
 };
 
-/// The pages of work that are done before other work gets the worker's CPU.
+/// The number of steps that the work item runs before it returns, to let other work use the CPU. A
+/// step handles up to one page.
 const SLICE: u32 = 512;
 
-/// How a submission ended.
+/// The outcome of a submission.
 pub(crate) struct Outcome {
-    /// Whether all commands ran, or why not.
+    /// Success if all commands completed, or else the error that ended the submission.
     pub(crate) result: Result,
-    /// The number of commands that ran to their end.
+    /// The number of commands that completed.
     pub(crate) completed: usize,
-    /// Where the access failed that `result` tells of, if it does.
+    /// The address of the access that failed with the error in `result`, or `None` if the error is
+    /// not about an access.
     pub(crate) fault_address: Option<usize>,
 }
 
 #[pin_data]
 struct Job {
     svm: Arc<Svm>,
-    /// Locked by the work item for as long as it runs, by the task in between.
+    /// The work item holds the lock while it runs; the task takes it in between.
     #[pin]
     engine: Mutex<Engine>,
-    /// Why the work item returned, until the task takes it.
+    /// The reason why the work item returned. The task takes it out.
     #[pin]
     stopped: Mutex<Option<Stop>>,
     #[pin]
     returned: CondVar,
-    /// Tells the work item to return before the next page.
+    /// Makes the work item return before its next step.
     cancelled: Atomic<bool>,
     #[pin]
     work: Work<Job>,
@@ -95,23 +98,24 @@ impl WorkItem for Job {
         let completed = engine.completed() - completed;
         drop(engine);
 
-        this.svm.account().add(Counter::Commands, completed);
+        this.svm.stats().add(Counter::Commands, completed);
         *this.stopped.lock() = Some(stop);
         this.returned.notify_one();
     }
 }
 
 impl Job {
-    /// Runs the work item and waits until it says why it returned.
+    /// Runs the work item once and waits until it has stored the reason why it returns.
     ///
-    /// While the task is frozen the GPU does nothing for it: the work item returns at the end of
-    /// its slice, and only the task can enqueue it again.
+    /// While the task is frozen, the GPU does nothing for it: the work item returns at the end of
+    /// its time slice, and only the task enqueues it again.
     ///
     /// # Errors
     ///
-    /// [`EINTR`] on a fatal signal. Then the work item may still run.
+    /// [`EINTR`] on a fatal signal. The work item may still be running then.
     fn run_once(self: &Arc<Self>) -> Result<Stop> {
-        // It is not enqueued: it has run, but for its last instructions, each time that it was.
+        // This cannot fail. Only this function enqueues the work item, and it is called again only
+        // after the work item has set `stopped`, so the work item is not pending.
         workqueue::system_dfl()
             .enqueue(self.clone())
             .map_err(|_| EIO)?;
@@ -127,9 +131,10 @@ impl Job {
         }
     }
 
-    /// Runs all commands. On failure says where, if it was an access that failed.
-    fn drive(self: &Arc<Self>, window: &mut Window) -> Result<(), (Error, Option<usize>)> {
-        let mut patience = Patience::new(Instant::now());
+    /// Runs all commands. On failure, returns the error and, if it is about an access, the address
+    /// of that access.
+    fn drive(self: &Arc<Self>, bufs: &mut FaultBuffers) -> Result<(), (Error, Option<usize>)> {
+        let mut retry_limit = RetryLimit::new(Instant::now());
 
         loop {
             match self.run_once().map_err(|err| (err, None))? {
@@ -139,14 +144,15 @@ impl Job {
                 Stop::Fault(fault) => {
                     let steps = self.engine.lock().steps();
 
-                    patience
+                    retry_limit
                         .fault(steps, Instant::now())
-                        .and_then(|()| match self.svm.service(fault, window) {
-                            // The core has given up. When that is final, patience says.
+                        .and_then(|()| match self.svm.service(fault, bufs) {
+                            // The core has given up for now. `retry_limit` decides whether to try
+                            // again.
                             Err(err) if err == EBUSY => Ok(()),
                             result => result.map(drop),
                         })
-                        // A signal says nothing of the address.
+                        // A signal has nothing to do with the address.
                         .map_err(|err| (err, (err != EINTR).then_some(fault.va)))?;
                 }
             }
@@ -154,19 +160,19 @@ impl Job {
     }
 }
 
-/// Runs `commands` in order and waits for the end of the last.
+/// Runs `commands` in order and waits for the end of the last one.
 ///
 /// # Context
 ///
-/// A task that runs in the address space `svm` and holds no locks. The wait can be killed and
-/// frozen; once killed, the task waits for no longer than a page of work takes.
+/// A task that runs in the address space `svm` and holds no locks. The wait is killable and
+/// freezable. A killed task waits until the work item has finished its current step.
 ///
 /// # Errors
 ///
-/// [`ENOMEM`] if nothing ran at all. How it ended otherwise, the [`Outcome`] says.
+/// [`ENOMEM`] if no command was started. All other errors are in the [`Outcome`].
 pub(crate) fn run(svm: Arc<Svm>, commands: KVVec<Command>) -> Result<Outcome> {
     let engine = Engine::new(commands)?;
-    let mut window = Window::new()?;
+    let mut bufs = FaultBuffers::new()?;
     let job = Arc::pin_init(
         pin_init!(Job {
             svm,
@@ -179,7 +185,7 @@ pub(crate) fn run(svm: Arc<Svm>, commands: KVVec<Command>) -> Result<Outcome> {
         GFP_KERNEL_ACCOUNT,
     )?;
 
-    let result = job.drive(&mut window);
+    let result = job.drive(&mut bufs);
     job.cancelled.store(true, Relaxed);
     job.work.flush();
 

@@ -2,12 +2,14 @@
 
 //! The GPU's page table: which pages of a process the GPU may access, and how.
 //!
-//! It holds virtual addresses and permissions only. A software device has no use for physical
-//! addresses, and the core is the only one that could give them a meaning: see `mm/hmm`. So this
-//! file knows the proofs that `hmm` hands out for a page, and nothing else of the layers around it.
+//! The table has virtual addresses and permissions only. A software device has no use for physical
+//! addresses, and `hmm` does not give them to drivers. This file uses the page types of `hmm`
+//! ([`ReadPage`], [`WritePage`]), which prove that a page may be mapped, and no other file of the
+//! driver.
 //!
-//! The table of each 2 MiB that is in use is a few bitmaps. Tables are allocated before a lock
-//! is taken, and are handed over to the page table while it is locked: mapping cannot fail.
+//! A table spans 2 MiB and consists of three bitmaps. It is allocated before the lock of the page
+//! table is taken and passed to the page table while the lock is held, so mapping a page cannot
+//! fail.
 
 use core::cmp::Ordering::{
     Equal,
@@ -36,11 +38,11 @@ use kernel::{
     sizes::SZ_2M, //
 };
 
-/// The bytes that one table spans.
+/// The number of bytes that one table spans.
 pub(crate) const TABLE_SIZE: usize = SZ_2M;
 const TABLE_SHIFT: u32 = TABLE_SIZE.trailing_zeros();
 
-/// The pages that one table spans, as a power of two.
+/// The number of pages that one table spans, as a power of two.
 pub(crate) const TABLE_ORDER: u32 = TABLE_SHIFT - PAGE_SHIFT as u32;
 const TABLE_PAGES: usize = 1 << TABLE_ORDER;
 const WORDS: usize = TABLE_PAGES.div_ceil(u64::BITS as usize);
@@ -50,20 +52,21 @@ static_assert!(TABLE_SIZE >= PAGE_SIZE);
 /// One bit for each page of a table.
 type Bits = [u64; WORDS];
 
-/// Whether bit `page` is set.
+/// Returns whether the bit of `page` is set.
 fn is_set(bits: &Bits, page: usize) -> bool {
     bits.get(page / 64)
         .is_some_and(|word| word & (1 << (page % 64)) != 0)
 }
 
-/// Sets bit `page`.
+/// Sets the bit of `page`.
 fn set(bits: &mut Bits, page: usize) {
     if let Some(word) = bits.get_mut(page / 64) {
         *word |= 1 << (page % 64);
     }
 }
 
-/// The bits of word `index` that are among those from `first` to `end`, exclusive.
+/// Returns a mask of those bits of word `index` that belong to the pages from `first` to `end`,
+/// exclusive.
 fn mask(index: usize, first: usize, end: usize) -> u64 {
     let low = first.saturating_sub(index * 64).min(64) as u32;
     let high = end.saturating_sub(index * 64).min(64) as u32;
@@ -74,7 +77,8 @@ fn mask(index: usize, first: usize, end: usize) -> u64 {
     }
 }
 
-/// Clears the bits from `first` to `end`, exclusive, and returns how many of them were set.
+/// Clears the bits of the pages from `first` to `end`, exclusive. Returns how many of them were
+/// set.
 fn clear(bits: &mut Bits, first: usize, end: usize) -> usize {
     let mut cleared = 0;
     for (index, word) in bits.iter_mut().enumerate() {
@@ -85,11 +89,12 @@ fn clear(bits: &mut Bits, first: usize, end: usize) -> usize {
     cleared
 }
 
-/// The entries of [`TABLE_SIZE`] bytes.
+/// The entries for [`TABLE_SIZE`] bytes of virtual addresses.
 ///
 /// # Invariants
 ///
-/// Every page of `exclusive` is in `writable` too, and every page of that in `present`.
+/// Every page in `exclusive` is also in `writable`, and every page in `writable` is also in
+/// `present`.
 struct Table {
     present: Bits,
     writable: Bits,
@@ -107,9 +112,12 @@ impl Table {
         self.present.iter().all(|word| *word == 0)
     }
 
-    /// Maps `page` for `access`, or takes away the right to write if it was mapped for more. What
-    /// is exclusive stays so until it is unmapped: a fault may end after that, which began before.
-    /// Returns whether the page was not mapped at all.
+    /// Maps `page` for `access`. Mapping a writable page for reading makes it read-only.
+    ///
+    /// An exclusive page keeps its mapping until it is unmapped: a fault that started before the
+    /// page became exclusive may be committed only afterwards.
+    ///
+    /// Returns whether the page was unmapped before.
     fn map(&mut self, page: usize, access: Access) -> bool {
         let new = !is_set(&self.present, page);
 
@@ -118,8 +126,9 @@ impl Table {
         }
         set(&mut self.present, page);
         match access {
-            // INVARIANT: `page` is in `present`.
+            // INVARIANT: `page` was added to `present` above.
             Access::Write => set(&mut self.writable, page),
+            // INVARIANT: `page` is not in `exclusive`, as checked above.
             Access::Read => {
                 clear(&mut self.writable, page, page + 1);
             }
@@ -127,12 +136,13 @@ impl Table {
         new
     }
 
-    /// As [`Table::map`], for writing and for atomic operations.
+    /// Maps `page` for reading, writing and atomic operations. Returns whether it was unmapped
+    /// before.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     fn map_exclusive(&mut self, page: usize) -> bool {
         let new = self.map(page, Access::Write);
 
-        // INVARIANT: `page` is in `writable`.
+        // INVARIANT: `map()` has added `page` to `writable`, or `page` was in `exclusive` before.
         set(&mut self.exclusive, page);
         new
     }
@@ -144,26 +154,27 @@ impl Table {
         }
     }
 
-    /// Unmaps the pages from `first` to `end`, exclusive, and returns how many were mapped.
+    /// Unmaps the pages from `first` to `end`, exclusive. Returns how many were mapped.
     fn unmap(&mut self, first: usize, end: usize) -> usize {
-        // INVARIANT: The same pages go from all.
+        // INVARIANT: The same pages are removed from all three bitmaps.
         clear(&mut self.exclusive, first, end);
         clear(&mut self.writable, first, end);
         clear(&mut self.present, first, end)
     }
 }
 
-/// The key of the table that holds the entry of `va`.
+/// The key of the table for `va`.
 fn key_of(va: usize) -> usize {
     va >> TABLE_SHIFT
 }
 
-/// The index in its table of the page that contains `va`.
+/// The index of the page that contains `va` in its table.
 fn index_of(va: usize) -> usize {
     (va % TABLE_SIZE) >> PAGE_SHIFT
 }
 
-/// The pages of the table `key` that are in `range`: the first of them, and the one after the last.
+/// Returns the pages of table `key` that are in `range`, as the indices of the first one and of the
+/// one after the last.
 fn part(key: usize, range: PageRange) -> (usize, usize) {
     let last = range.end() - 1;
     let first_page = match key.cmp(&key_of(range.start())) {
@@ -179,7 +190,7 @@ fn part(key: usize, range: PageRange) -> (usize, usize) {
     (first_page, end_page)
 }
 
-/// Memory for a table, allocated before the lock of the page table is taken.
+/// Memory for a table. It is allocated before the lock of the page table is taken.
 pub(crate) struct SpareTable(RBTreeNodeReservation<usize, Table>);
 
 impl SpareTable {
@@ -195,7 +206,7 @@ impl SpareTable {
 
 /// The GPU's page table for one process.
 ///
-/// The methods neither sleep nor allocate, so that it can live under a spinlock.
+/// Its methods neither sleep nor allocate, so that a spinlock can protect it.
 pub(crate) struct Mmu {
     tables: RBTree<usize, Table>,
 }
@@ -208,8 +219,8 @@ impl Mmu {
         }
     }
 
-    /// Returns the table of the block that contains `va`, to map pages in it. `spare` becomes that
-    /// table if there is none yet.
+    /// Returns the table for `va`, to map pages in it. If there is no such table yet, `spare`
+    /// becomes the table.
     pub(crate) fn table(&mut self, va: usize, spare: SpareTable) -> TableMut<'_> {
         let key = key_of(va);
         let table = match self.tables.entry(key) {
@@ -220,14 +231,14 @@ impl Mmu {
         TableMut { key, table }
     }
 
-    /// Whether the GPU may access the page that contains `va` in this way.
+    /// Whether the GPU may access the page that contains `va` with `access`.
     pub(crate) fn lookup(&self, va: usize, access: Access) -> bool {
         self.tables
             .get(&key_of(va))
             .is_some_and(|table| table.allows(index_of(va), access))
     }
 
-    /// Whether the GPU may operate atomically on any page of `range`.
+    /// Whether any page of `range` is exclusive to the GPU.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn any_exclusive(&self, range: PageRange) -> bool {
         self.tables.iter().any(|(&key, table)| {
@@ -253,7 +264,7 @@ impl Mmu {
             unmapped += table.unmap(first, end);
 
             cursor = if table.is_empty() {
-                // Falls back to the table before it when there is none after it.
+                // `remove_current()` returns the previous table if there is no next one.
                 at.remove_current().0.filter(|next| *next.current().0 > key)
             } else {
                 at.move_next()
@@ -263,25 +274,25 @@ impl Mmu {
     }
 }
 
-/// One table of an [`Mmu`], to map pages in.
+/// A table of an [`Mmu`], to map pages in it.
 pub(crate) struct TableMut<'a> {
     key: usize,
     table: &'a mut Table,
 }
 
 impl TableMut<'_> {
-    /// Maps the page that contains `va`. Returns whether it was not mapped before; a page that lies
-    /// in another table is left alone.
+    /// Maps the page that contains `va`. Returns whether it was unmapped before. Ignores a page of
+    /// another table and returns `false`.
     fn set(&mut self, va: usize, access: Access) -> bool {
         key_of(va) == self.key && self.table.map(index_of(va), access)
     }
 
-    /// Maps a page for reading only.
+    /// Maps a page read-only. Returns whether it was unmapped before.
     pub(crate) fn map(&mut self, page: &ReadPage<'_>) -> bool {
         self.set(page.va(), Access::Read)
     }
 
-    /// Maps a page for reading and writing.
+    /// Maps a page for reading and writing. Returns whether it was unmapped before.
     pub(crate) fn map_writable(&mut self, page: &WritePage<'_>) -> bool {
         self.set(page.va(), Access::Write)
     }
@@ -291,7 +302,8 @@ impl TableMut<'_> {
         key_of(va) == self.key && self.table.map_exclusive(index_of(va))
     }
 
-    /// Maps a page for reading, writing and atomic operations.
+    /// Maps a page for reading, writing and atomic operations. Returns whether it was unmapped
+    /// before.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn map_exclusive(&mut self, page: &ExclusivePage<'_>) -> bool {
         self.set_exclusive(page.va())

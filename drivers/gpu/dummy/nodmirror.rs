@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stands in for `dmirror.rs` where its nodes are not wanted.
+//! Replaces `dmirror.rs` if `CONFIG_DUMMY_GPU_DMIRROR` is not set.
 
 use super::gpu::Gpu;
 use kernel::sync::Arc;
 
-/// There are none.
+/// Registers no nodes.
 pub(crate) struct Nodes;
 
 impl Nodes {

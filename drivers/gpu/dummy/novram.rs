@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stands in for `vram.rs` where the kernel has no struct pages for the memory of devices: the GPU
-//! has none then.
+//! Replaces `vram.rs` if `CONFIG_RUST_HMM_DEVICE` is not set. The GPU has no memory of its own
+//! then.
 
-use super::counters::Account;
+use super::counters::FileStats;
 use hmm::{
     Mirror,
     MirrorOps,
@@ -14,13 +14,13 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Stands in for `hmm::Holes`.
+/// Replaces `hmm::Holes`, which needs `CONFIG_RUST_HMM_DEVICE` too.
 pub(crate) enum Holes {
     Keep,
     Populate,
 }
 
-/// Nothing is moved.
+/// An empty buffer, since nothing migrates.
 pub(crate) struct MoveBuf;
 
 impl MoveBuf {
@@ -29,10 +29,10 @@ impl MoveBuf {
     }
 }
 
-/// There is none.
+/// The memory of a GPU. It has no values, as [`Vram::new`] always fails.
 pub(crate) enum Vram {}
 
-/// Nor did anything move.
+/// The outcome of a migration. It has no values, as nothing migrates.
 pub(crate) enum Migrated {}
 
 impl Migrated {
@@ -58,22 +58,22 @@ impl Vram {
         match *self {}
     }
 
-    pub(crate) fn share(&self, _range: PageRange) -> Result<PageRange> {
+    pub(crate) fn fault_limit(&self, _range: PageRange) -> Result<PageRange> {
         match *self {}
     }
 
-    pub(crate) fn take(
+    pub(crate) fn migrate_in(
         &self,
         _mirror: &Mirror,
         _range: PageRange,
         _holes: Holes,
         _buf: &mut MoveBuf,
-        _account: &Arc<Account>,
+        _account: &Arc<FileStats>,
     ) -> Result<Migrated> {
         match *self {}
     }
 
-    pub(crate) fn give(
+    pub(crate) fn migrate_out(
         &self,
         _mirror: &Mirror,
         _range: PageRange,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which ranges of addresses have a placement policy of their own. Pure.
+//! The placement policies of ranges of addresses.
 
 use hmm::PageRange;
 use kernel::{
@@ -8,41 +8,42 @@ use kernel::{
     prelude::*, //
 };
 
-/// Where memory is put when the GPU faults it.
+/// Where a page migrates when the GPU faults it.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Policy {
-    /// In the GPU's memory.
+    /// To the GPU's memory.
     #[default]
     Device,
-    /// In RAM.
+    /// To system memory.
     System,
-    /// It stays where it is.
+    /// The page stays where it is.
     None,
 }
 
-/// The policies of an address space.
+/// The policies of the ranges of an address space.
 ///
 /// # Invariants
 ///
-/// The ranges ascend and do not overlap. None has the default policy, and none could be one with
-/// the range before it.
+/// The ranges are in ascending order and do not overlap. No range has the default policy. Two
+/// ranges that are adjacent have different policies.
 pub(crate) struct Policies(KVVec<(PageRange, Policy)>);
 
 impl Policies {
-    /// The most ranges.
+    /// The maximum number of ranges.
     const MAX: usize = 1024;
 
-    /// The default policy for all addresses.
+    /// All addresses have the default policy.
     pub(crate) const fn new() -> Self {
         Self(KVVec::new())
     }
 
-    /// The policy of the page at `va`, and the range around it that has the same; the last page is
-    /// in none.
+    /// Returns the policy of the page at `va`, and the largest range around that page with the same
+    /// policy.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] for the last page.
+    /// [`EINVAL`] for the last page of the address space. It is in no range, since the end of a
+    /// range must not wrap.
     pub(crate) fn at(&self, va: usize) -> Result<(PageRange, Policy)> {
         let mut start = 0;
         for (range, policy) in &self.0 {
@@ -65,9 +66,9 @@ impl Policies {
     ///
     /// # Errors
     ///
-    /// [`ENOSPC`] if there would be too many ranges, [`ENOMEM`]. Nothing changes then.
+    /// [`ENOSPC`] if there would be too many ranges, [`ENOMEM`]. The policies do not change then.
     pub(crate) fn set(&mut self, range: PageRange, policy: Policy) -> Result {
-        // A range can be cut in two, and one can be added.
+        // The number of ranges grows by two at most: one old range may be split, and one is added.
         let mut new = Self(KVVec::with_capacity(self.0.len() + 2, GFP_KERNEL_ACCOUNT)?);
         let mut todo = Some((range, policy));
 
@@ -92,13 +93,14 @@ impl Policies {
         Ok(())
     }
 
-    /// Adds a range at the end, or to the last.
+    /// Appends a range that starts at or after the end of the last one. Ranges with the default
+    /// policy are not stored.
     fn push(&mut self, start: usize, end: usize, policy: Policy) -> Result {
         if policy == Policy::default() {
             return Ok(());
         }
-        // INVARIANT: The caller adds ranges in order; one that continues the last is made a part
-        // of it.
+        // INVARIANT: The caller appends ranges in ascending order. A range that is adjacent to the
+        // last one and has the same policy is merged into it.
         if let Some((last, its)) = self.0.last_mut() {
             if *its == policy && last.end() == start {
                 *last = PageRange::new(last.start(), end)?;

@@ -2,20 +2,23 @@
 
 //! Shared virtual memory: a process's address space, as the GPU sees it.
 //!
-//! The one file of the driver that has `hmm` fault memory. The GPU's page table ([`Mmu`]) says what
-//! the GPU may access. What it does not allow is a GPU page fault, which [`Svm::service`]
-//! turns into entries, in windows of up to one of the GPU's tables; what mm takes back leaves the
-//! page table in [`Translations::invalidate`]. The bytes themselves are copied by the core, which
-//! looks up its own entry for each access: should the page table ever allow too much, the access
-//! misses there. Before that pages are moved to where their policy says, as far as they can be.
+//! This is the only file of the driver that faults memory through `hmm`. The GPU's page table
+//! ([`Mmu`]) says which pages the GPU may access. An access that it does not allow is a GPU page
+//! fault. [`Svm::service`] handles the fault: it migrates the faulted pages to where their policy
+//! says, as far as possible, and then maps them for the GPU. One call handles one window, of at
+//! most one table of the GPU (2 MiB). When mm invalidates a range, [`Translations::invalidate`]
+//! unmaps it.
 //!
-//! Lock order: the region's lock (taken by the core, around the calls that it makes here), then the
-//! lock of the page table.
+//! The core copies the bytes of an access, and looks up its own entry of the page each time. If the
+//! page table ever allowed too much, the access would miss in the core.
+//!
+//! Lock order: the region's lock, which the core holds when it calls the driver, then the lock of
+//! the page table.
 
 use super::{
     counters::{
-        Account,
-        Counter, //
+        Counter,
+        FileStats, //
     },
     engine::{
         Fault,
@@ -39,7 +42,7 @@ use super::{
 use hmm::{
     Access,
     Commit,
-    Device,
+    DevicePage,
     Entry,
     FaultBuf,
     FaultRequest,
@@ -49,7 +52,7 @@ use hmm::{
     MirrorOps,
     Miss,
     PageRange,
-    Ram, //
+    RamPage, //
 };
 use kernel::{
     module::this_module,
@@ -68,29 +71,32 @@ use kernel::{
     }, //
 };
 
-// A window that is faulted is one table.
+// The buffer of a fault must be large enough for one table.
 static_assert!(TABLE_ORDER <= FaultBuf::MAX_ORDER);
 
-/// The GPU's translations for one process, and what it counts.
+/// The GPU's page table for one process, and the statistics for it.
 #[pin_data]
 struct Translations {
     #[pin]
     mmu: SpinLock<Mmu>,
-    account: TableAccount,
+    stats: TableStats,
 }
 
-/// The account that a page table's pages count for. It goes with the table; pages of the GPU's
-/// memory may keep the account itself for longer.
-struct TableAccount(Arc<Account>);
+/// The statistics for the pages of a page table.
+///
+/// When the page table is dropped, this subtracts its pages from the counters. Pages in the GPU's
+/// memory may keep their reference to the [`FileStats`] for longer.
+struct TableStats(Arc<FileStats>);
 
-impl Drop for TableAccount {
+impl Drop for TableStats {
     fn drop(&mut self) {
         self.0.close();
     }
 }
 
 impl Translations {
-    /// Whether the GPU may access the page that contains `va`; else the miss.
+    /// Checks whether the GPU may access the page that contains `va` with `access`. Returns the
+    /// [`Miss`] if not.
     fn check(&self, va: usize, access: Access) -> Result<(), Miss> {
         if self.mmu.lock().lookup(va, access) {
             Ok(())
@@ -99,8 +105,9 @@ impl Translations {
         }
     }
 
-    /// Maps the pages that `commit` proves to be there; those that were not needed only if they are
-    /// where the policy of `like` has them: else they are to move first, when they are needed.
+    /// Maps pages of `commit` for the GPU: the pages that the fault needed, and those around them
+    /// that are in `like` and are already where `policy` puts them. The others are not mapped, so
+    /// that they fault when the GPU needs them and can migrate first.
     fn map(&self, commit: &Commit<'_>, spare: SpareTable, (like, policy): (PageRange, Policy)) {
         let mut new = 0;
         let mut mmu = self.mmu.lock();
@@ -118,15 +125,18 @@ impl Translations {
                 continue;
             }
             new += usize::from(match entry {
-                Entry::Ram(Ram::Read(page)) | Entry::Device(Device::Read(page)) => table.map(&page),
-                Entry::Ram(Ram::Write(page)) | Entry::Device(Device::Write(page)) => {
+                Entry::Ram(RamPage::Read(page)) | Entry::Device(DevicePage::Read(page)) => {
+                    table.map(&page)
+                }
+                Entry::Ram(RamPage::Write(page)) | Entry::Device(DevicePage::Write(page)) => {
                     table.map_writable(&page)
                 }
                 _ => false,
             });
         }
-        // Under the lock, so that an invalidation cannot take them back first.
-        self.account.0.add(Counter::PagesMapped, new);
+        // Count while the lock is held, so that an invalidation cannot subtract these pages before
+        // they are added.
+        self.stats.0.add(Counter::PagesMapped, new);
     }
 }
 
@@ -134,35 +144,35 @@ impl MirrorOps for Translations {
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op> {
         let mut mmu = self.mmu.lock();
         let pages = mmu.unmap(event.range());
-        self.account.0.sub(Counter::PagesMapped, pages);
+        self.stats.0.sub(Counter::PagesMapped, pages);
         drop(mmu);
 
-        self.account.0.add(Counter::Invalidations, 1);
-        self.account.0.add(Counter::InvalidatedPages, pages);
+        self.stats.0.add(Counter::Invalidations, 1);
+        self.stats.0.add(Counter::InvalidatedPages, pages);
         event.done()
     }
 }
 
-/// Where memory is to be.
+/// The kind of memory that pages are in, or should migrate to.
 #[derive(Copy, Clone, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// In RAM.
+pub(crate) enum Location {
+    /// System memory.
     System,
-    /// In the GPU's memory.
+    /// The GPU's memory.
     Device,
 }
 
-/// How far a prefetch went.
+/// The outcome of a prefetch.
 pub(crate) struct Prefetched {
-    /// Whether it is complete, or why not.
+    /// Success if all of the range was handled, or else the error that ended the prefetch.
     pub(crate) result: Result,
-    /// The bytes that were looked at.
+    /// The number of bytes, from the start of the range on, that were handled.
     pub(crate) done: usize,
-    /// The pages that moved.
+    /// The number of pages that migrated.
     pub(crate) pages: usize,
 }
 
-/// The address space of one process, for the GPU.
+/// The address space of one process, as the GPU sees it.
 #[pin_data]
 pub(crate) struct Svm {
     mirror: Mirror,
@@ -173,21 +183,21 @@ pub(crate) struct Svm {
 }
 
 impl Svm {
-    /// Opens the address space of the current task to the GPU. All addresses have `policy` at
-    /// first.
+    /// Gives the GPU access to the address space of the current task. All addresses have `policy`
+    /// at first.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the task has none, [`EINTR`] if a signal is pending, [`ENOMEM`].
+    /// [`EINVAL`] if the task has no address space, [`EINTR`] if a signal is pending, [`ENOMEM`].
     pub(crate) fn new(
-        account: Arc<Account>,
+        stats: Arc<FileStats>,
         vram: Option<Arc<Vram>>,
         policy: Policy,
     ) -> Result<Arc<Self>> {
         let translations = Arc::pin_init(
             pin_init!(Translations {
                 mmu <- new_spinlock!(Mmu::new(), "dummy_gpu::mmu"),
-                account: TableAccount(account),
+                stats: TableStats(stats),
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
@@ -214,45 +224,46 @@ impl Svm {
         self.mirror.is_current()
     }
 
-    /// The first address that cannot be the process's.
+    /// The end of the user part of the address space.
     pub(crate) fn end(&self) -> usize {
         self.mirror.task_size()
     }
 
-    /// What is counted for this address space.
-    pub(crate) fn account(&self) -> &Arc<Account> {
-        &self.translations.account.0
+    /// The statistics of the file that this address space belongs to.
+    pub(crate) fn stats(&self) -> &Arc<FileStats> {
+        &self.translations.stats.0
     }
 
-    /// The size of the GPU's memory in bytes, or zero.
+    /// The size of the GPU's memory in bytes. Zero if it has none.
     pub(crate) fn vram_size(&self) -> usize {
         self.vram.as_ref().map_or(0, |vram| vram.size())
     }
 
-    /// Sets the policy of `range` for faults to come.
+    /// Sets the policy of `range` for future faults. No page migrates now.
     ///
     /// # Errors
     ///
-    /// [`ENOSPC`] if there are too many ranges that have one, [`ENOMEM`].
+    /// [`ENOSPC`] if too many ranges have a policy of their own, [`ENOMEM`].
     pub(crate) fn advise(&self, range: PageRange, policy: Policy) -> Result {
         self.policies.lock().set(range, policy)
     }
 
-    /// Moves the pages of `range` to `place`, those that can be moved.
+    /// Migrates the pages of `range` to `location`. Pages that cannot migrate stay where they are.
     ///
     /// # Context
     ///
-    /// As for [`Svm::service`], but any signal ends it.
+    /// As for [`Svm::service`], but any signal ends the prefetch.
     ///
     /// # Errors
     ///
-    /// [`ENODEV`] if the GPU has no memory; [`ENOMEM`]. Others end it part-way:
+    /// [`ENODEV`] if the GPU has no memory; [`ENOMEM`]. Errors after the start end the prefetch and
+    /// are returned in [`Prefetched::result`]:
     ///
-    /// - [`EFAULT`] if nothing is mapped.
+    /// - [`EFAULT`] if nothing is mapped at the address that the prefetch has reached.
     /// - [`EINTR`] on a signal.
     /// - [`EBUSY`] if invalidations kept colliding.
-    /// - [`ENOMEM`] if the GPU's memory has no room.
-    pub(crate) fn prefetch(&self, range: PageRange, place: Place) -> Result<Prefetched> {
+    /// - [`ENOMEM`] if the memory that the pages should migrate to has no room.
+    pub(crate) fn prefetch(&self, range: PageRange, location: Location) -> Result<Prefetched> {
         let vram = self.vram.as_ref().ok_or(ENODEV)?;
         let mut buf = MoveBuf::new(TABLE_ORDER)?;
         let mut so_far = Prefetched {
@@ -262,16 +273,12 @@ impl Svm {
         };
 
         while let Ok(rest) = PageRange::new(range.start() + so_far.done, range.end()) {
-            let moved = match place {
+            let moved = match location {
                 _ if current!().signal_pending() => Err(EINTR),
-                Place::Device => vram.take(
-                    &self.mirror,
-                    rest,
-                    Holes::Populate,
-                    &mut buf,
-                    self.account(),
-                ),
-                Place::System => vram.give(&self.mirror, rest, &mut buf),
+                Location::Device => {
+                    vram.migrate_in(&self.mirror, rest, Holes::Populate, &mut buf, self.stats())
+                }
+                Location::System => vram.migrate_out(&self.mirror, rest, &mut buf),
             };
             match moved {
                 Ok(moved) => {
@@ -287,15 +294,17 @@ impl Svm {
         Ok(so_far)
     }
 
-    /// Moves the start of `need` to where its policy says, if it can be moved. Returns how far that
-    /// goes, and the policy with the range around it that has the same.
+    /// Migrates pages at the start of `need` to where their policy says, as far as possible.
+    /// Returns the part of `need` that should be faulted now, which has one policy; and that
+    /// policy, with the largest range around the part that has it.
     ///
-    /// Pages that the process has not touched yet are populated for a write only: a read gets the
-    /// shared page of zeroes, as a read by the CPU does.
+    /// Only a write populates pages that the process has not touched yet. A read gets the shared
+    /// zero page, as a read by the CPU does.
     ///
     /// # Errors
     ///
-    /// [`EINTR`] on a fatal signal.
+    /// [`EINTR`] on a fatal signal; [`EFAULT`] for the last page of the address space, which is
+    /// never user memory.
     fn place(
         &self,
         need: PageRange,
@@ -310,27 +319,29 @@ impl Svm {
 
         let (need, moved) = match policy {
             Policy::None => return Ok((need, (like, policy))),
-            Policy::System => (need, vram.give(&self.mirror, need, buf)),
+            Policy::System => (need, vram.migrate_out(&self.mirror, need, buf)),
             Policy::Device => {
-                let need = vram.share(need)?;
+                let need = vram.fault_limit(need)?;
                 let holes = match access {
                     Access::Read => Holes::Keep,
                     Access::Write => Holes::Populate,
                 };
-                let moved = vram.take(&self.mirror, need, holes, buf, self.account());
+                let moved = vram.migrate_in(&self.mirror, need, holes, buf, self.stats());
                 (need, moved)
             }
         };
         match moved {
             Err(err) if err == EINTR => Err(err),
-            // Where there is no room, or the copy failed, pages are used where they are.
+            // If there is no room or the copy failed, the GPU uses the pages where they are.
             _ => Ok((need, (like, policy))),
         }
     }
 
-    /// Services a GPU page fault: maps the page of `fault.va` and, as far as the window around it
-    /// goes, the rest of the operand, once they are where they should be. Pages of the window that
-    /// the process has already are mapped too, if they are where they should be. Returns the
+    /// Services a GPU page fault.
+    ///
+    /// Migrates pages to where their policy says, as far as possible. Then maps the page of
+    /// `fault.va` and the rest of the operand, up to the end of the window. Also maps those other
+    /// pages of the window that are present and already where their policy says. Returns the
     /// address up to which the operand is mapped.
     ///
     /// # Context
@@ -340,83 +351,93 @@ impl Svm {
     ///
     /// # Errors
     ///
-    /// - [`EFAULT`] if there is no memory that may be read.
-    /// - [`EPERM`] if it may not be written, or the task runs in another address space.
+    /// - [`EFAULT`] if the address has no memory that may be read.
+    /// - [`EPERM`] if the memory may not be written, or the task runs in another address space.
     /// - [`EINTR`] on a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding.
     /// - [`ENOMEM`].
-    pub(crate) fn service(&self, fault: Fault, window: &mut Window) -> Result<usize> {
-        let account = self.account();
-        account.add(Counter::Faults, 1);
+    pub(crate) fn service(&self, fault: Fault, bufs: &mut FaultBuffers) -> Result<usize> {
+        let stats = self.stats();
+        stats.add(Counter::Faults, 1);
 
-        // Only the last page of all can make this fail, which is not the process's.
+        // This fails only for the last page of the address space, which is never user memory.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
-        let (need, like) = self.place(need, fault.access, &mut window.moves)?;
+        let (need, like) = self.place(need, fault.access, &mut bufs.moves)?;
         let request = FaultRequest::new(need, fault.access);
         let spare = SpareTable::new()?;
-        let result = self.mirror.fault(request, &mut window.faults, |commit| {
+        let result = self.mirror.fault(request, &mut bufs.faults, |commit| {
             self.translations.map(commit, spare, like);
             commit.needed().map_or(need.end(), |needed| needed.end())
         });
 
-        account.add(Counter::Retries, window.faults.retries() as usize);
+        stats.add(Counter::Retries, bufs.faults.retries() as usize);
         if result.is_ok() {
-            account.add(Counter::Windows, 1);
+            stats.add(Counter::FaultBatches, 1);
         }
         result
     }
 }
 
-/// What only the nodes of the HMM test driver use.
+/// Methods for the nodes of the HMM test driver.
 #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
 impl Svm {
-    /// Faults all pages of `range`, a window at a time.
+    /// Faults all pages of `range`, one window at a time.
     ///
     /// # Errors
     ///
     /// As for [`Svm::service`].
-    pub(crate) fn fault_in(&self, range: PageRange, access: Access, window: &mut Window) -> Result {
+    pub(crate) fn fault_in(
+        &self,
+        range: PageRange,
+        access: Access,
+        bufs: &mut FaultBuffers,
+    ) -> Result {
         let mut va = range.start();
 
         while va < range.end() {
             let len = range.end() - va;
-            va = self.service(Fault { va, access, len }, window)?;
+            va = self.service(Fault { va, access, len }, bufs)?;
         }
         Ok(())
     }
 
-    /// Calls `f` with what is there of the start of `range`, as far as one window goes, without a
-    /// fault.
+    /// Takes a snapshot of one window at the start of `range`, without faulting, and calls `f` with
+    /// it.
     ///
     /// # Context
     ///
-    /// As for [`Svm::service`]; for `f`, as for [`Mirror::fault`].
+    /// As for [`Svm::service`]. For `f`, as for the closure of [`Mirror::fault`].
     ///
     /// # Errors
     ///
-    /// [`EFAULT`] if nothing at all is mapped in the window, [`EINTR`] on a fatal signal,
-    /// [`EBUSY`] if invalidations kept colliding, [`ENOMEM`].
+    /// [`EFAULT`] if nothing is mapped in the window, [`EINTR`] on a fatal signal, [`EBUSY`] if
+    /// invalidations kept colliding, [`ENOMEM`].
     pub(crate) fn snapshot<R>(
         &self,
         range: PageRange,
-        window: &mut Window,
+        bufs: &mut FaultBuffers,
         f: impl FnOnce(&Commit<'_>) -> R,
     ) -> Result<R> {
         let request = FaultRequest::snapshot(range);
 
-        self.mirror.fault(request, &mut window.faults, f)
+        self.mirror.fault(request, &mut bufs.faults, f)
     }
 
-    /// Maps the pages at the start of `range`, which are in the GPU's memory, as far as one window
-    /// goes. Returns where that ends.
+    /// Maps one window at the start of `range`, all pages of which must be in the GPU's memory.
+    /// Returns the end of the window.
     ///
     /// # Errors
     ///
-    /// [`ENOENT`] if one of them is not there; for the rest as for [`Svm::snapshot`].
-    pub(crate) fn map_device_pages(&self, range: PageRange, window: &mut Window) -> Result<usize> {
+    /// [`ENOENT`] if a page of the window is not in the GPU's memory; otherwise as for
+    /// [`Svm::snapshot`].
+    pub(crate) fn map_device_pages(
+        &self,
+        range: PageRange,
+        bufs: &mut FaultBuffers,
+    ) -> Result<usize> {
         let spare = SpareTable::new()?;
 
-        self.snapshot(range, window, |commit| {
+        self.snapshot(range, bufs, |commit| {
             let mut entries = commit.entries();
             if !entries.all(|(_, entry)| matches!(entry, Entry::Device(_))) {
                 return Err(ENOENT);
@@ -427,31 +448,32 @@ impl Svm {
         })?
     }
 
-    /// Maps the page of `va` for the GPU alone.
+    /// Makes the page of `va` exclusive to the GPU and maps it for atomic operations.
     ///
     /// # Errors
     ///
     /// Those of [`Mirror::make_exclusive`].
-    pub(crate) fn make_exclusive(&self, va: usize, window: &mut Window) -> Result {
+    pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
         let spare = SpareTable::new()?;
 
-        self.mirror.make_exclusive(va, &mut window.faults, |page| {
+        self.mirror.make_exclusive(va, &mut bufs.faults, |page| {
             let mut mmu = self.translations.mmu.lock();
             let new = mmu.table(page.va(), spare).map_exclusive(page);
-            self.account().add(Counter::PagesMapped, new.into());
+            self.stats().add(Counter::PagesMapped, new.into());
         })
     }
 
-    /// Whether any page of `range` is mapped for the GPU alone.
+    /// Whether any page of `range` is exclusive to the GPU.
     pub(crate) fn any_exclusive(&self, range: PageRange) -> bool {
         self.translations.mmu.lock().any_exclusive(range)
     }
 
-    /// Moves all that is in the GPU's memory to RAM, also what is of other processes.
+    /// Evicts all pages, also those of other processes, from the GPU's memory to system memory.
     ///
     /// # Errors
     ///
-    /// [`ENODEV`] if the GPU has no memory; [`EBUSY`] if some pages do not come, [`ENOMEM`].
+    /// [`ENODEV`] if the GPU has no memory, [`EBUSY`] if some pages could not be evicted, [`EINTR`]
+    /// on a fatal signal, [`ENOMEM`].
     pub(crate) fn evict(&self) -> Result {
         self.vram.as_ref().ok_or(ENODEV)?.evict()
     }
@@ -461,26 +483,26 @@ impl Memory for &Svm {
     fn read(&mut self, va: usize, buf: &mut [u8]) -> Result<(), Miss> {
         self.translations.check(va, Access::Read)?;
         self.mirror.read(va, buf)?;
-        self.account().add(Counter::BytesRead, buf.len());
+        self.stats().add(Counter::BytesRead, buf.len());
         Ok(())
     }
 
     fn write(&mut self, va: usize, buf: &[u8]) -> Result<(), Miss> {
         self.translations.check(va, Access::Write)?;
         self.mirror.write(va, buf)?;
-        self.account().add(Counter::BytesWritten, buf.len());
+        self.stats().add(Counter::BytesWritten, buf.len());
         Ok(())
     }
 }
 
-/// What it takes to service faults, one after the other.
-pub(crate) struct Window {
+/// The buffers for servicing faults, one fault at a time.
+pub(crate) struct FaultBuffers {
     faults: FaultBuf,
     moves: MoveBuf,
 }
 
-impl Window {
-    /// Allocates it for windows of one of the GPU's tables.
+impl FaultBuffers {
+    /// Allocates buffers for windows of one table of the GPU.
     ///
     /// # Errors
     ///
@@ -493,23 +515,25 @@ impl Window {
     }
 }
 
-/// Bounds the faults that are serviced without a page of work in between.
+/// Limits how often faults are serviced while no progress is made.
 ///
-/// A page may be taken away again before the GPU gets to use it. The core bounds the collisions
-/// with one fault; this bounds how often that may follow.
-pub(crate) struct Patience {
+/// A page may be taken away again before the engine accesses it, so that its access faults again
+/// and again. The core limits the time for the collisions of one fault; this limits the repetition
+/// of faults.
+pub(crate) struct RetryLimit {
     steps: u64,
     faults: u32,
     since: Instant<Monotonic>,
 }
 
-impl Patience {
-    /// A page of work takes six faults if each of three operands is faulted twice. Beyond these
-    /// time counts; up to them it does not, since each may take as long as a fault handler likes.
+impl RetryLimit {
+    /// A step of the engine takes at most six faults if each of three operands is faulted twice.
+    /// The time limit applies only to further faults, since each of the first ones may wait for a
+    /// fault handler as long as it takes.
     const FAULTS: u32 = 8;
     const LIMIT: Delta = Delta::from_secs(10);
 
-    /// Starts at `now`, with nothing done.
+    /// Creates a limit that starts at `now`, before the first step.
     pub(crate) fn new(now: Instant<Monotonic>) -> Self {
         Self {
             steps: 0,
@@ -518,11 +542,12 @@ impl Patience {
         }
     }
 
-    /// Accounts for a fault at `now`, after `steps` pages of work.
+    /// Counts a fault at `now`, when `steps` steps of work are done.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if there were too many for too long since the last page of work.
+    /// [`EBUSY`] if more than [`RetryLimit::FAULTS`] faults have come since the last step, and the
+    /// ones above that number have taken more than [`RetryLimit::LIMIT`].
     pub(crate) fn fault(&mut self, steps: u64, now: Instant<Monotonic>) -> Result {
         if steps != self.steps {
             self.steps = steps;
@@ -549,11 +574,11 @@ mod tests {
     #[test]
     fn the_first_faults_of_a_page_may_take_any_time() -> Result {
         let mut now = Instant::now();
-        let mut patience = Patience::new(now);
+        let mut retry_limit = RetryLimit::new(now);
 
-        for _ in 0..Patience::FAULTS {
+        for _ in 0..RetryLimit::FAULTS {
             now = now + HOUR;
-            patience.fault(0, now)?;
+            retry_limit.fault(0, now)?;
         }
         Ok(())
     }
@@ -561,11 +586,11 @@ mod tests {
     #[test]
     fn any_number_of_faults_may_take_a_short_time() -> Result {
         let mut now = Instant::now();
-        let mut patience = Patience::new(now);
+        let mut retry_limit = RetryLimit::new(now);
 
         for _ in 0..9000 {
             now = now + Delta::from_millis(1);
-            patience.fault(0, now)?;
+            retry_limit.fault(0, now)?;
         }
         Ok(())
     }
@@ -573,25 +598,25 @@ mod tests {
     #[test]
     fn many_faults_for_a_long_time_are_too_much() -> Result {
         let mut now = Instant::now();
-        let mut patience = Patience::new(now);
+        let mut retry_limit = RetryLimit::new(now);
 
-        for _ in 0..Patience::FAULTS + 10 {
+        for _ in 0..RetryLimit::FAULTS + 10 {
             now = now + SECOND;
-            patience.fault(0, now)?;
+            retry_limit.fault(0, now)?;
         }
-        assert!(patience.fault(0, now + SECOND) == Err(EBUSY));
+        assert!(retry_limit.fault(0, now + SECOND) == Err(EBUSY));
         Ok(())
     }
 
     #[test]
     fn a_page_of_work_starts_the_bound_afresh() -> Result {
         let mut now = Instant::now();
-        let mut patience = Patience::new(now);
+        let mut retry_limit = RetryLimit::new(now);
 
         for step in 0..100 {
-            for _ in 0..Patience::FAULTS + 10 {
+            for _ in 0..RetryLimit::FAULTS + 10 {
                 now = now + SECOND;
-                patience.fault(step, now)?;
+                retry_limit.fault(step, now)?;
             }
         }
         Ok(())

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The ioctls: reads and checks what user space passes, calls the layers below, and writes back.
+//! The ioctls: check the arguments from user space, call the layers below, and write back the
+//! results.
 //!
-//! The one file of the driver, beside `dmirror` for other nodes, that accesses user memory by the
-//! process's own mapping; and the one that knows the layout of the uAPI structures. All their
-//! fields are `__u64`, so they are read and written as words, by an index that comes from the
-//! structure itself.
+//! Only this file and `dmirror.rs` access user memory through the mapping of the process. Only this
+//! file knows the layout of the structures in the uAPI header. All fields of these structures are
+//! `__u64`. So the structures are read and written as arrays of words, and the index of a word
+//! comes from the offset of the field.
 //!
 //! C header: [`include/uapi/linux/dummy_gpu.h`](srctree/include/uapi/linux/dummy_gpu.h)
 
@@ -20,7 +21,7 @@ use super::{
     mmu::TABLE_SIZE,
     policy::Policy,
     svm::{
-        Place,
+        Location,
         Svm, //
     }, //
 };
@@ -41,29 +42,29 @@ const STATS: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_STATS);
 const PREFETCH: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_PREFETCH);
 const ADVISE: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_ADVISE);
 
-const PLACE_SYSTEM: u64 = uapi::dummy_gpu_place_DUMMY_GPU_PLACE_SYSTEM as u64;
-const PLACE_DEVICE: u64 = uapi::dummy_gpu_place_DUMMY_GPU_PLACE_DEVICE as u64;
+const LOCATION_SYSTEM: u64 = uapi::dummy_gpu_location_DUMMY_GPU_LOCATION_SYSTEM as u64;
+const LOCATION_DEVICE: u64 = uapi::dummy_gpu_location_DUMMY_GPU_LOCATION_DEVICE as u64;
 
 const POLICY_DEVICE: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_DEVICE as u64;
 const POLICY_SYSTEM: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_SYSTEM as u64;
 const POLICY_NONE: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_NONE as u64;
 
-/// The most commands of one submission.
+/// The maximum number of commands in one submission.
 const MAX_COMMANDS: u64 = 1024;
 
-/// The largest size of a structure, of whatever version.
+/// The maximum size of a structure of any version, in bytes.
 const MAX_SIZE: u64 = 4096;
 
 const WORD: usize = size_of::<u64>();
 
-/// The number of words of a structure.
+/// The number of words in a structure.
 macro_rules! words {
     ($type:ident) => {
         size_of::<uapi::$type>() / WORD
     };
 }
 
-/// The index of the word that is a field of a structure.
+/// The index of the word of a field in its structure.
 macro_rules! word {
     ($type:ident . $field:ident) => {{
         static_assert!(offset_of!(uapi::$type, $field) % WORD == 0);
@@ -71,12 +72,12 @@ macro_rules! word {
     }};
 }
 
-/// The counters are the last fields, in order.
+/// The index of the first counter. The counters are the last fields, in the order of `Counter`.
 const FIRST_COUNTER: usize = word!(dummy_gpu_stats.commands);
 static_assert!(FIRST_COUNTER + COUNTERS == words!(dummy_gpu_stats));
 static_assert!(word!(dummy_gpu_stats.device_pages) + 1 == words!(dummy_gpu_stats));
 
-/// A structure in user space that may be larger than the `N` words that are known here.
+/// A structure in user space, which may be larger than the `N` words that this kernel knows.
 struct Extensible<const N: usize> {
     at: UserPtr,
     size: usize,
@@ -87,8 +88,8 @@ impl<const N: usize> Extensible<N> {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if it is below the first version's or no multiple of a word's, [`E2BIG`] if it is
-    /// above [`MAX_SIZE`].
+    /// [`EINVAL`] if it is smaller than the first version of the structure or not a multiple of 8,
+    /// [`E2BIG`] if it is larger than [`MAX_SIZE`].
     fn check_size(size: u64) -> Result<usize> {
         if size > MAX_SIZE {
             return Err(E2BIG);
@@ -100,7 +101,7 @@ impl<const N: usize> Extensible<N> {
         Ok(size)
     }
 
-    /// A structure that starts with its size.
+    /// Reads the size of the structure at `at` from its first word.
     ///
     /// # Errors
     ///
@@ -111,11 +112,11 @@ impl<const N: usize> Extensible<N> {
         Ok(Self { at, size })
     }
 
-    /// Reads it.
+    /// Reads the words that this kernel knows.
     ///
     /// # Errors
     ///
-    /// [`EFAULT`], or [`E2BIG`] if what is not known here is not zero.
+    /// [`EFAULT`], or [`E2BIG`] if any of the other words is not zero.
     fn read(&self) -> Result<[u64; N]> {
         let mut reader = UserSlice::new(self.at, self.size).reader();
         let known = reader.read()?;
@@ -128,7 +129,7 @@ impl<const N: usize> Extensible<N> {
         Ok(known)
     }
 
-    /// Writes `words` from the word with index `first` on.
+    /// Writes `words` to the structure, starting at the word with index `first`.
     ///
     /// # Errors
     ///
@@ -140,7 +141,8 @@ impl<const N: usize> Extensible<N> {
     }
 }
 
-/// Handles an ioctl for the address space that a file is bound to. The structure is at the address.
+/// Handles an ioctl for the address space that a file is bound to. The second argument is the
+/// address of the structure.
 ///
 /// # Context
 ///
@@ -148,14 +150,14 @@ impl<const N: usize> Extensible<N> {
 ///
 /// # Errors
 ///
-/// Those of the uAPI: see the header.
+/// Those that the uAPI header lists for the ioctl.
 pub(crate) type Handler = fn(&Arc<Svm>, UserPtr) -> Result;
 
-/// The handler of an ioctl.
+/// Returns the handler of an ioctl.
 ///
 /// # Errors
 ///
-/// [`ENOTTY`] if there is none.
+/// [`ENOTTY`] if the ioctl is unknown.
 pub(crate) fn handler(cmd: u32) -> Result<Handler> {
     match cmd {
         INFO => Ok(info),
@@ -198,7 +200,7 @@ fn stats(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     for (word, counter) in stats
         .iter_mut()
         .skip(FIRST_COUNTER)
-        .zip(svm.account().counters().read())
+        .zip(svm.stats().counters().read())
     {
         *word = counter;
     }
@@ -215,7 +217,7 @@ fn submit(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     if submit[word!(dummy_gpu_submit.flags)] != 0 {
         return Err(EINVAL);
     }
-    // So that nothing runs if the outcome could not be told.
+    // Fail before anything runs if the outcome cannot be written back.
     user.write(word!(dummy_gpu_submit.size), &[(WORDS * WORD) as u64])?;
     user.write(OUTPUT, &[0, 0])?;
 
@@ -232,12 +234,12 @@ fn submit(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     outcome.result.and(told)
 }
 
-/// Checks a range of pages that an ioctl is about.
+/// Checks the range of pages of an ioctl. `length` and `max_length` are in bytes.
 ///
 /// # Errors
 ///
-/// [`EINVAL`] if it is empty, too long, not aligned or wraps; [`EFAULT`] if it reaches beyond the
-/// user address space.
+/// [`EINVAL`] if the range is empty, too long, not aligned or wraps; [`EFAULT`] if it reaches
+/// beyond the user address space.
 fn page_range(svm: &Svm, start: u64, length: u64, max_length: u64) -> Result<PageRange> {
     if length > max_length {
         return Err(EINVAL);
@@ -270,12 +272,12 @@ fn prefetch(svm: &Arc<Svm>, arg: UserPtr) -> Result {
         prefetch[word!(dummy_gpu_prefetch.length)],
         MAX_LENGTH,
     )?;
-    let place = match prefetch[word!(dummy_gpu_prefetch.place)] {
-        PLACE_SYSTEM => Place::System,
-        PLACE_DEVICE => Place::Device,
+    let location = match prefetch[word!(dummy_gpu_prefetch.location)] {
+        LOCATION_SYSTEM => Location::System,
+        LOCATION_DEVICE => Location::Device,
         _ => return Err(EINVAL),
     };
-    let prefetched = svm.prefetch(range, place)?;
+    let prefetched = svm.prefetch(range, location)?;
     let told = user.write(OUTPUT, &[prefetched.done as u64, prefetched.pages as u64]);
 
     prefetched.result.and(told)
@@ -306,7 +308,7 @@ fn advise(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     svm.advise(range, policy)
 }
 
-/// Reads and checks an array of commands that are to run on `svm`.
+/// Reads and checks an array of commands to run on `svm`.
 fn commands(svm: &Svm, at: u64, count: u64, command_size: u64) -> Result<KVVec<Command>> {
     const WORDS: usize = words!(dummy_gpu_command);
 

@@ -2,16 +2,18 @@
 
 //! The GPU's own memory, and its copy engine.
 //!
-//! The memory takes RAM of the machine from the start: like that of a real device it is there
-//! whether it is used or not. It is divided into blocks of bytes, each of which has a spinlock.
-//! Several device threads may access a page at the same time; an access of up to a page is atomic
-//! with regard to the others. A real GPU guarantees less: that an aligned word is not torn, and
-//! that a write changes no byte around it. `hmm` decides who may access which page, and when. The
-//! account that a page counts for is kept with each page that is in use.
+//! The memory is an array of bytes, allocated when the driver is loaded. It takes up system memory
+//! whether it is used or not. It is divided into blocks, each with a spinlock. Several device
+//! threads may access a page at the same time. An access of up to a page is atomic with respect to
+//! other accesses. A real GPU guarantees less: an aligned word is not torn, and a write changes no
+//! other byte.
+//!
+//! `hmm` decides who may access which page, and when. The `zone_device_data` of a page in use
+//! points to the statistics of the file that migrated the page.
 
 use super::counters::{
-    Account,
-    Counter, //
+    Counter,
+    FileStats, //
 };
 use core::ops::Range;
 pub(crate) use hmm::Holes;
@@ -43,30 +45,32 @@ use kernel::{
     }, //
 };
 
-/// The steps in which the GPU's memory gets struct pages: 4 MiB where pages have 4 KiB.
+/// The number of pages for which struct pages are added at a time: 4 MiB where a page has 4 KiB.
 const CHUNK_PAGES: usize = 1024;
 const CHUNK: usize = CHUNK_PAGES * PAGE_SIZE;
 
-/// RAM of the machine that is never given back.
+/// The maximum size of the memory in bytes, because the array stays allocated until the driver is
+/// unloaded.
 const MAX_SIZE: usize = SZ_1G;
 
-/// The bytes that one lock protects. Few locks for much memory; and one is held for a page at most.
+/// The number of bytes that one lock protects. Larger blocks need fewer locks. A lock is held for a
+/// copy of one page at most.
 const BLOCK_SIZE: usize = SZ_64K;
 
-// No page lies in two blocks.
+// No page crosses the boundary of a block.
 static_assert!(BLOCK_SIZE % PAGE_SIZE == 0);
 
-/// What it takes to move pages, one window after the other.
+/// The buffer for migrating pages, one window at a time.
 pub(crate) type MoveBuf = MigrateBuf;
 
-/// The memory of an instance: a place for pages. When it is dropped they are brought home.
+/// The memory of an instance. When it is dropped, all pages are evicted to system memory.
 pub(crate) struct Vram {
     pool: DevicePool<VramBuf>,
     size: usize,
 }
 
 impl Vram {
-    /// Makes a memory of `size` bytes, rounded up to a chunk.
+    /// Creates a memory of `size` bytes, rounded up to a multiple of a chunk.
     ///
     /// # Errors
     ///
@@ -78,9 +82,10 @@ impl Vram {
         let chunks = size.div_ceil(CHUNK);
         let size = chunks * CHUNK;
         let buf = Arc::new(VramBuf::new(size)?, GFP_KERNEL)?;
+        let module = this_module::<crate::LocalModule>();
 
         Ok(Self {
-            pool: DevicePool::new(name, buf, CHUNK_PAGES, chunks)?,
+            pool: DevicePool::new(module, name, buf, CHUNK_PAGES, chunks)?,
             size,
         })
     }
@@ -90,50 +95,50 @@ impl Vram {
         self.size
     }
 
-    /// Mirrors the address space of the current task.
+    /// Mirrors the address space of the current task, for a device with this memory.
     pub(crate) fn mirror(&self, ops: Arc<dyn MirrorOps>) -> Result<Mirror> {
         Mirror::new_with_pool(this_module::<crate::LocalModule>(), ops, &self.pool)
     }
 
-    /// The start of `range`, as much of it as should be moved here at once: more than one operand
-    /// has to find room.
-    pub(crate) fn share(&self, range: PageRange) -> Result<PageRange> {
+    /// Limits `range`, from its start, to an eighth of the memory: more than one operand of a
+    /// command must fit at the same time.
+    pub(crate) fn fault_limit(&self, range: PageRange) -> Result<PageRange> {
         PageRange::from_len(range.start(), range.len().min(self.size / 8))
     }
 
-    /// Moves the pages of `range` that can be moved here, on `account`. `holes` says what happens
-    /// to pages that the process has not touched yet.
+    /// Migrates those pages of `range` that can migrate to this memory, and counts them in `stats`.
+    /// `holes` says what happens to pages that the process has not touched yet.
     ///
     /// # Errors
     ///
     /// Those of [`Mirror::migrate_to_device`].
-    pub(crate) fn take(
+    pub(crate) fn migrate_in(
         &self,
         mirror: &Mirror,
         range: PageRange,
         holes: Holes,
         buf: &mut MoveBuf,
-        account: &Arc<Account>,
+        stats: &Arc<FileStats>,
     ) -> Result<Migrated> {
         let moved = mirror.migrate_to_device(&self.pool, range, holes, buf, || {
-            if account.fails() {
+            if stats.fails() {
                 return Err(ENOMEM);
             }
-            // Taken back when the page is freed, wherever it went.
-            account.add(Counter::DevicePages, 1);
-            Ok(account.clone())
+            // `page_freed()` subtracts the page, also if it does not migrate in the end.
+            stats.add(Counter::DevicePages, 1);
+            Ok(stats.clone())
         })?;
 
-        account.add(Counter::PagesToDevice, moved.pages());
+        stats.add(Counter::PagesToDevice, moved.pages());
         Ok(moved)
     }
 
-    /// Moves the pages of `range` that are here to RAM.
+    /// Migrates the pages of `range` that are in this memory to system memory.
     ///
     /// # Errors
     ///
     /// Those of [`Mirror::migrate_to_ram`].
-    pub(crate) fn give(
+    pub(crate) fn migrate_out(
         &self,
         mirror: &Mirror,
         range: PageRange,
@@ -142,7 +147,7 @@ impl Vram {
         mirror.migrate_to_ram(range, buf)
     }
 
-    /// Moves all that is here to RAM, whosever it is.
+    /// Evicts all pages, also those of other processes, to system memory.
     ///
     /// # Errors
     ///
@@ -153,14 +158,14 @@ impl Vram {
     }
 }
 
-/// The memory, as bytes.
+/// The bytes of the memory, in blocks.
 ///
-/// Lock order: the lock of a block is the innermost of all. No other is taken under it, and nothing
-/// is allocated.
+/// Lock order: the lock of a block is the innermost lock. No other lock is taken and nothing is
+/// allocated while it is held.
 struct VramBuf(KVVec<Pin<KBox<SpinLock<KVVec<u8>>>>>);
 
 impl VramBuf {
-    /// Allocates `size` bytes, which are zero. Only the last block may be smaller than the others.
+    /// Allocates `size` bytes of zeroes. The last block may be smaller than the others.
     fn new(size: usize) -> Result<Self> {
         let mut blocks = KVVec::with_capacity(size.div_ceil(BLOCK_SIZE), GFP_KERNEL)?;
 
@@ -172,13 +177,14 @@ impl VramBuf {
         Ok(Self(blocks))
     }
 
-    /// Calls `access` for each page that has some of the `len` bytes at `address`, with these bytes
-    /// and their place among the `len` bytes. The block is locked meanwhile: `access` copies, and
-    /// does nothing else.
+    /// Splits the `len` bytes at `address` at page boundaries and calls `access` for each part,
+    /// with the bytes and their offsets in the `len` bytes. A spinlock is held during the call, so
+    /// `access` must only copy bytes.
     ///
     /// # Errors
     ///
-    /// [`EIO`] if the memory ends before the `len` bytes do. What it has of them was accessed.
+    /// [`EIO`] if the `len` bytes reach beyond the end of the memory. `access` was called for those
+    /// before the end.
     fn for_each_page(
         &self,
         address: usize,
@@ -204,7 +210,7 @@ impl VramBuf {
 }
 
 impl PoolOps for VramBuf {
-    type PageData = Arc<Account>;
+    type PageData = Arc<FileStats>;
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         for op in batch {
@@ -230,30 +236,30 @@ impl PoolOps for VramBuf {
     }
 
     fn read(&self, address: usize, buf: &mut [u8]) {
-        // The core reads pages of the memory only.
+        // This cannot fail: the core reads only pages of this memory.
         let _ = self.for_each_page(address, buf.len(), |bytes, part| {
             buf[part].copy_from_slice(bytes)
         });
     }
 
     fn write(&self, address: usize, buf: &[u8]) {
-        // As in `read()`.
+        // This cannot fail: the core writes only pages of this memory.
         let _ = self.for_each_page(address, buf.len(), |bytes, part| {
             bytes.copy_from_slice(&buf[part])
         });
     }
 
-    fn migrated_to_ram(&self, account: ArcBorrow<'_, Account>, reason: MigrateReason) {
+    fn migrated_to_ram(&self, stats: ArcBorrow<'_, FileStats>, reason: MigrateReason) {
         let counter = match reason {
-            MigrateReason::CpuFault => Counter::PagesTouched,
+            MigrateReason::CpuFault => Counter::PagesCpuFaulted,
             MigrateReason::Evict => Counter::PagesEvicted,
             MigrateReason::Request => Counter::PagesToSystem,
         };
-        account.add(counter, 1);
+        stats.add(counter, 1);
     }
 
-    fn page_freed(&self, account: Arc<Account>) {
-        account.sub(Counter::DevicePages, 1);
+    fn page_freed(&self, stats: Arc<FileStats>) {
+        stats.sub(Counter::DevicePages, 1);
     }
 }
 

@@ -8,11 +8,12 @@
 #include <linux/tracepoint.h>
 
 /**
- * hmm_fault_busy - a fault for a device ran out of time
+ * hmm_fault_busy - a fault for a device has failed with -EBUSY
  * @va: the first address that the device needed
- * @retries: how often an invalidation collided with it
+ * @retries: how often the fault was retried because an invalidation collided
  *
- * The driver got -EBUSY.
+ * Invalidations kept colliding with the fault until the time for retries was
+ * over.
  */
 TRACE_EVENT(hmm_fault_busy,
 	    TP_PROTO(unsigned long va, unsigned int retries),
@@ -26,10 +27,11 @@ TRACE_EVENT(hmm_fault_busy,
 
 #ifdef CONFIG_RUST_HMM_DEVICE
 /**
- * hmm_pool_full - a device's memory is full, and nothing in it can be evicted
- * @wanted: how many pages were wanted
+ * hmm_pool_full - a device's memory is full and no page in it can be evicted
+ * @wanted: the number of pages that a migration needed
  *
- * The driver got -ENOMEM.
+ * The migration fails with -ENOMEM, unless some of its pages have migrated
+ * already.
  */
 TRACE_EVENT(hmm_pool_full,
 	    TP_PROTO(unsigned long wanted),

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
 /*
  * Dummy GPU: commands on the virtual addresses of a process.
+ *
+ * This interface is not stable: it belongs to a driver for tests and may change
+ * with the driver.
  */
 #ifndef _UAPI_LINUX_DUMMY_GPU_H
 #define _UAPI_LINUX_DUMMY_GPU_H
@@ -11,40 +14,43 @@
 /**
  * DOC: Overview
  *
- * Each instance of the device is a node, /dev/dummy_gpu0 and so on. open()
- * binds the file to the memory of the task that calls it. Commands take plain
- * pointers into that memory, wherever it comes from: nothing is registered,
- * pinned or copied. The file can be inherited or passed on, but not used: an
- * ioctl from a task with another mm fails with EPERM. open() fails with ENOMEM.
+ * Each instance of the device has a device node: /dev/dummy_gpu0 and so on.
+ * open() binds the file to the address space of the calling task, and may fail
+ * with ENOMEM. Commands take plain pointers into that address space. The memory
+ * can be of any kind, and need not be registered, pinned or copied before. The
+ * file can be inherited or passed to another process, but is of no use there:
+ * an ioctl from a task with another mm fails with EPERM.
  *
- * All fields are __u64. Addresses, lengths and sizes are in bytes.
+ * All fields of the structures are __u64. Addresses, lengths and sizes are in
+ * bytes.
  */
 
 /**
  * DOC: General ioctl format
  *
- * Each ioctl takes a pointer to a structure that starts with its own size, set
- * by the caller, and can grow at its end. @size must be a multiple of 8. If it
- * is larger than the structure that the kernel knows, the rest must be zero.
- * On success the kernel writes back the size that it knows; it never writes
- * beyond the caller's @size.
+ * Each ioctl takes a pointer to a structure. Its first field, @size, is the
+ * size of the structure, set by the caller, and must be a multiple of 8. New
+ * fields may be added at the end of the structure. If @size is larger than the
+ * structure that the kernel knows, the rest must be zero. On success the kernel
+ * writes the size that it knows to @size. It never writes beyond the caller's
+ * @size.
  *
- * These errors have the same meaning for every ioctl. Nothing is written back
- * and nothing runs:
+ * The following errors have the same meaning for every ioctl. The ioctl has no
+ * effect then, and nothing is written back:
  *
  *  - ENOTTY: The ioctl is not known.
  *  - EPERM: The file was opened by a task with another mm.
  *  - EFAULT: The structure cannot be read or written.
- *  - EINVAL: @size is smaller than the first version of the structure or no
+ *  - EINVAL: @size is smaller than the first version of the structure or not a
  *    multiple of 8, or @flags has an unknown bit.
- *  - E2BIG: The structure is larger than the kernel knows and the rest is not
- *    zero, or @size exceeds 4096.
- *  - ENOMEM: The first ioctl of a file has found no memory for the page table of
- *    the device.
+ *  - E2BIG: @size is larger than the structure that the kernel knows and the
+ *    rest is not zero, or @size exceeds 4096.
+ *  - ENOMEM: The first ioctl of a file could not allocate the state that the
+ *    device needs for the address space.
  *
- * Where only a part of the structure can be written, that part may have been.
- * Where the structure becomes unwritable while an ioctl is at work, EFAULT says
- * so at its end: the work is done.
+ * There are two exceptions for EFAULT. If only a part of the structure can be
+ * written, that part may have been written. If the structure becomes unwritable
+ * while the ioctl runs, the ioctl does its work and then fails with EFAULT.
  */
 
 /* The type of all ioctls. */
@@ -63,15 +69,15 @@ enum {
  * struct dummy_gpu_info - ioctl(DUMMY_GPU_IOC_INFO)
  * @size: sizeof(struct dummy_gpu_info)
  * @flags: Must be 0
- * @page_size: Output size of a page of the device's page table
- * @window_size: Output largest range that the service of one GPU page fault
- *               maps
- * @max_commands: Output largest @count of DUMMY_GPU_IOC_SUBMIT
- * @max_length: Output largest @length of a command
- * @vram_size: Output size of the device's own memory, or 0 if it has none. All
+ * @page_size: Output: size of a page in the device's page table
+ * @window_size: Output: maximum length of the range that is mapped for one GPU
+ *               page fault
+ * @max_commands: Output: maximum @count of DUMMY_GPU_IOC_SUBMIT
+ * @max_length: Output: maximum @length of a command
+ * @vram_size: Output: size of the device's own memory, or 0 if it has none. All
  *             processes that use the instance share it.
  *
- * The limits of the device. They do not change while it exists.
+ * Get the limits of the device. They do not change while it exists.
  */
 struct dummy_gpu_info {
 	__u64 size;
@@ -99,19 +105,19 @@ struct dummy_gpu_info {
  * @DUMMY_GPU_OP_SUM: Add up, modulo 2^64, the u64 elements of the vector at
  *                    @src and write the sum to the u64 at @dst. The addresses
  *                    and @length must be multiples of 8.
- * @DUMMY_GPU_OP_CRC32: Write the CRC-32 (IEEE 802.3, as zlib's crc32()) of
- *                      @length bytes at @src to the u64 at @dst, which must be
- *                      a multiple of 8. The upper half is zero.
+ * @DUMMY_GPU_OP_CRC32: Write the CRC-32 (IEEE 802.3, as computed by zlib's
+ *                      crc32()) of @length bytes at @src to the u64 at @dst,
+ *                      which must be a multiple of 8. The upper half is zero.
  * @DUMMY_GPU_OP_HISTOGRAM: Count the values of the @length bytes at @src and
  *                          write the 256 counts to the u64 array at @dst,
- *                          which must be a multiple of 8. What the array held
- *                          before is lost.
+ *                          which must be a multiple of 8. The old contents of
+ *                          the array are overwritten.
  *
  * For ADD and XOR, @dst may be equal to @src, to @src2 or to both, but must
  * not overlap either of them in part. SUM, CRC32 and HISTOGRAM write their
  * result after they have read all of @src, so it may lie inside @src.
  *
- * 0 is no opcode.
+ * There is no opcode 0.
  */
 enum dummy_gpu_opcode {
 	DUMMY_GPU_OP_FILL = 1,
@@ -128,11 +134,11 @@ enum dummy_gpu_opcode {
  * @opcode: One of enum dummy_gpu_opcode
  * @flags: Must be 0
  * @dst: Address of the destination or of the result
- * @src: Address of the source; 0 for FILL
- * @src2: Address of the second source of ADD and XOR; else 0
- * @length: Bytes of each source, or of the destination of FILL; from 1 to
+ * @src: Address of the source; must be 0 for FILL
+ * @src2: Address of the second source of ADD and XOR; otherwise must be 0
+ * @length: Length of each source, or of the destination of FILL; from 1 to
  *          @max_length of struct dummy_gpu_info
- * @value: The byte that FILL sets; else 0
+ * @value: The byte that FILL writes; otherwise must be 0
  * @reserved: Must be 0
  */
 struct dummy_gpu_command {
@@ -152,47 +158,47 @@ struct dummy_gpu_command {
  * @flags: Must be 0
  * @commands: Address of an array of struct dummy_gpu_command
  * @count: Number of commands, from 1 to @max_commands of struct dummy_gpu_info
- * @command_size: sizeof(struct dummy_gpu_command), the distance from one
- *                command of the array to the next. Subject to the rules for
- *                @size: the rest of each command must be zero.
- * @completed: Output number of commands that ran to their end
- * @fault_address: Output address that the device could not access, or 0
+ * @command_size: sizeof(struct dummy_gpu_command), which is the distance from
+ *                one command of the array to the next. It follows the rules for
+ *                @size: if it is larger than the kernel knows, the rest of each
+ *                command must be zero.
+ * @completed: Output: number of commands that completed
+ * @fault_address: Output: address that the device could not access, or 0
  *
- * Run an array of commands in order and wait for the end of the last. There is
- * no order between commands of submissions that run at the same time.
+ * Run an array of commands in order and wait for the end of the last one.
+ * Commands of submissions that run at the same time are not ordered.
  *
- * The whole array is read and checked first. One bad command fails the ioctl
- * and no command runs:
+ * The whole array is read and checked first. If a check fails, no command runs:
  *
  *  - EFAULT: The array cannot be read, or an operand reaches beyond the user
  *    address space.
- *  - EINVAL: @count or @command_size is out of range; or, in a command, an
- *    opcode is unknown, a flag, @reserved or a field that the opcode does not
- *    use is not 0, @value is not a byte, @length is out of range, an operand
- *    wraps, is not aligned as the opcode asks, or overlaps another where it
- *    must not.
- *  - E2BIG: A command is larger than the kernel knows and the rest is not
- *    zero, or @command_size exceeds 4096.
- *  - ENOMEM: No memory for the array.
+ *  - EINVAL: @count or @command_size is out of range. Or, in a command, the
+ *    opcode is unknown; @flags, @reserved or a field that the opcode does not
+ *    use is not 0; @value is not a byte; @length is out of range; or an operand
+ *    wraps, is not aligned as the opcode requires, or overlaps another operand
+ *    in a way that the opcode does not allow.
+ *  - E2BIG: @command_size is larger than the kernel knows and the rest of a
+ *    command is not zero, or @command_size exceeds 4096.
+ *  - ENOMEM: There is no memory for the array or for the state of the device.
  *
- * Then the commands run. The first that fails ends the submission:
+ * Then the commands run. The first command that fails ends the submission:
  *
- *  - EFAULT: An operand is not mapped, or not readable.
+ *  - EFAULT: An operand is not mapped or not readable.
  *  - EPERM: A destination is not writable.
  *  - EBUSY: The mapping of an operand kept changing until the time for retries
  *    was over.
- *  - ENOMEM: No memory to service a GPU page fault.
+ *  - ENOMEM: There is no memory to service a GPU page fault.
  *  - EINTR: The task was killed. Other signals do not interrupt the wait.
  *
- * A command that fails may have written a part of its destination; memory that
- * is not writable is never changed. When the kernel returns, no command of the
- * submission runs any more.
+ * A command that fails may have written a part of its destination. It never
+ * changes memory that is not writable. When the ioctl returns, no command of
+ * the submission is running any more.
  *
- * @size, @completed and @fault_address are written back unless one of the
- * general errors occurs: on success and also when a check or a command fails.
- * @fault_address is the first byte of the operand that could not be accessed,
- * for EFAULT, EPERM, EBUSY and ENOMEM of a command that ran: the start of the
- * operand or the start of a page in it. Otherwise it is 0.
+ * Unless one of the general errors occurs, @size, @completed and @fault_address
+ * are written back, also if a check or a command fails. If a command fails with
+ * EFAULT, EPERM, EBUSY or ENOMEM, @fault_address is the first byte of an
+ * operand that could not be accessed: the start of the operand or the start of
+ * a page in it. Otherwise @fault_address is 0.
  */
 struct dummy_gpu_submit {
 	__u64 size;
@@ -210,32 +216,36 @@ struct dummy_gpu_submit {
  * struct dummy_gpu_stats - ioctl(DUMMY_GPU_IOC_STATS)
  * @size: sizeof(struct dummy_gpu_stats)
  * @flags: Must be 0
- * @commands: Output commands that ran to their end
- * @bytes_read: Output bytes that commands have read from memory
- * @bytes_written: Output bytes that commands have written to memory
- * @faults: Output GPU page faults: accesses that found no entry, or none that
- *          permits the access, in the device's page table
- * @windows: Output ranges that were mapped to service a GPU page fault: at
- *           most one for each fault, none for a fault that failed
- * @invalidations: Output invalidations by the kernel, of ranges with a page that
- *                 the device could use
- * @invalidated_pages: Output pages that invalidations removed from the device's
- *                     page table
- * @retries: Output times that a range had to be faulted again because an
- *           invalidation came in between
- * @pages_mapped: Output pages in the device's page table now
- * @pages_to_device: Output pages that moved to the device's memory
- * @pages_touched: Output pages that moved back because a CPU touched them or a
- *                 page near them, or to be copied after a fork()
- * @pages_evicted: Output pages that moved back because their place was needed
- * @pages_to_system: Output pages that moved back because PREFETCH or the policy
- *                   of their range asked for it
- * @device_pages: Output pages in the device's memory now
+ * @commands: Output: commands that completed
+ * @bytes_read: Output: bytes that commands have read from memory
+ * @bytes_written: Output: bytes that commands have written to memory
+ * @faults: Output: GPU page faults, which are accesses that the entry in the
+ *          device's page table does not permit, or that find no entry
+ * @fault_batches: Output: ranges that were mapped to service GPU page faults,
+ *                 one for each fault that was serviced successfully
+ * @invalidations: Output: invalidations by the kernel of ranges that had a page
+ *                 that the device could access
+ * @invalidated_pages: Output: pages that invalidations removed from the
+ *                     device's page table
+ * @retries: Output: times that a range was faulted again because an
+ *           invalidation collided with the fault
+ * @pages_mapped: Output: pages that are in the device's page table now
+ * @pages_to_device: Output: pages that migrated to the device's memory
+ * @pages_cpu_faulted: Output: pages that migrated back to system memory because
+ *                     a CPU or another device touched them or a page near them,
+ *                     or because the device must write to a page that is
+ *                     copied on write, after fork() for example
+ * @pages_evicted: Output: pages that were evicted to system memory, to make
+ *                 room or because the device's memory was to be emptied
+ * @pages_to_system: Output: pages that migrated back to system memory because
+ *                   of PREFETCH or of the policy of their range
+ * @device_pages: Output: pages that are in the device's memory now
  *
- * The counters of this open file. All but @pages_mapped and @device_pages start
- * at 0 at open() and only grow. A page that moves back counts for the file
- * through which it had moved to the device. They are read one by one: while
- * commands run, they need not agree with each other.
+ * Get the counters of this open file. All of them are 0 at open().
+ * @pages_mapped and @device_pages grow and shrink, the others only grow. A page
+ * that migrates back counts for the file through which it had migrated to the
+ * device. The counters are read one after the other, so they need not agree
+ * with each other while commands run.
  */
 struct dummy_gpu_stats {
 	__u64 size;
@@ -244,13 +254,13 @@ struct dummy_gpu_stats {
 	__u64 bytes_read;
 	__u64 bytes_written;
 	__u64 faults;
-	__u64 windows;
+	__u64 fault_batches;
 	__u64 invalidations;
 	__u64 invalidated_pages;
 	__u64 retries;
 	__u64 pages_mapped;
 	__u64 pages_to_device;
-	__u64 pages_touched;
+	__u64 pages_cpu_faulted;
 	__u64 pages_evicted;
 	__u64 pages_to_system;
 	__u64 device_pages;
@@ -261,30 +271,33 @@ struct dummy_gpu_stats {
 /**
  * DOC: Placement
  *
- * Private memory can be in the device's own memory, in RAM or, page by page, in
- * both: anonymous memory, and what a process has written of a file that it has
- * mapped privately. Other memory is always in RAM, and so is what KSM may merge
- * (MADV_MERGEABLE). What a program reads and writes is the same.
+ * Each page of private memory can be either in system memory or in the device's
+ * own memory. Private memory is anonymous memory, and those pages of a private
+ * file mapping that the process has written to. Pages of other memory never
+ * migrate to the device, and neither do pages of memory that KSM may merge
+ * (MADV_MERGEABLE). Programs do not notice where a page is, other than by the
+ * time that an access takes.
  *
- * A page moves to the device's memory when a GPU page fault is serviced and the
- * policy of its address says so, or when PREFETCH does. Memory that was never
- * touched is populated there by a write and by PREFETCH, but not by a read. A
- * page moves back when a CPU touches it, when its place is needed for others,
- * when PREFETCH or the policy says so, and at the latest when the device goes.
- * It stays there when the file is closed.
+ * A page migrates to the device's memory when a GPU page fault on it is
+ * serviced and the policy of its address says so, or when PREFETCH asks for it.
+ * Pages that were never touched are populated in the device's memory by a GPU
+ * write and by PREFETCH, but not by a GPU read. A page migrates back to system
+ * memory when a CPU touches it, when it is evicted to make room, when PREFETCH
+ * or the policy says so, and at the latest when the device is removed. It does
+ * not migrate back when the file is closed.
  *
- * Where a page cannot move (someone has it pinned, or memory is short) it is used
+ * A page that cannot migrate, because it is pinned or memory is short, is used
  * where it is.
  */
 
 /**
- * enum dummy_gpu_place - where memory can be
- * @DUMMY_GPU_PLACE_SYSTEM: RAM
- * @DUMMY_GPU_PLACE_DEVICE: The device's own memory
+ * enum dummy_gpu_location - where a page can be
+ * @DUMMY_GPU_LOCATION_SYSTEM: System memory
+ * @DUMMY_GPU_LOCATION_DEVICE: The device's own memory
  */
-enum dummy_gpu_place {
-	DUMMY_GPU_PLACE_SYSTEM = 0,
-	DUMMY_GPU_PLACE_DEVICE = 1,
+enum dummy_gpu_location {
+	DUMMY_GPU_LOCATION_SYSTEM = 0,
+	DUMMY_GPU_LOCATION_DEVICE = 1,
 };
 
 /**
@@ -292,23 +305,25 @@ enum dummy_gpu_place {
  * @size: sizeof(struct dummy_gpu_prefetch)
  * @flags: Must be 0
  * @start: First address, a multiple of the page size
- * @length: Bytes, a multiple of the page size, from 1 page to @max_length of
- *          struct dummy_gpu_info
- * @place: One of enum dummy_gpu_place
- * @done: Output bytes from @start on that were looked at
- * @pages: Output pages of those that moved
+ * @length: Length of the range, a multiple of the page size, from one page to
+ *          @max_length of struct dummy_gpu_info
+ * @location: One of enum dummy_gpu_location
+ * @done: Output: number of bytes, from @start on, that were handled
+ * @pages: Output: number of pages in these bytes that migrated
  *
- * Move memory. Pages that cannot move stay, without an error.
+ * Migrate the pages of a range to @location. Pages that cannot migrate stay
+ * where they are, which is not an error.
  *
  *  - EINVAL: @length is 0 or above @max_length, @start or @length is not
- *    aligned, the range wraps, or @place is unknown.
+ *    aligned, the range wraps, or @location is unknown.
  *  - EFAULT: The range reaches beyond the user address space, or nothing is
  *    mapped at @start + @done.
  *  - ENODEV: The device has no memory of its own.
- *  - ENOMEM: The device's memory is full and nothing in it can be moved, there
- *    is no RAM to move to, or no memory to keep account.
+ *  - ENOMEM: The device's memory is full and nothing in it can be evicted,
+ *    there is no free system memory, or the ioctl could not allocate its
+ *    buffers.
  *  - EBUSY: The mapping kept changing until the time for retries was over.
- *  - EINTR: A signal arrived. The rest can be asked for again.
+ *  - EINTR: A signal arrived. Call the ioctl again for the rest of the range.
  *
  * @size, @done and @pages are written back unless one of the general errors
  * occurs.
@@ -318,7 +333,7 @@ struct dummy_gpu_prefetch {
 	__u64 flags;
 	__u64 start;
 	__u64 length;
-	__u64 place;
+	__u64 location;
 	__u64 done;
 	__u64 pages;
 };
@@ -327,10 +342,10 @@ struct dummy_gpu_prefetch {
 	_IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_PREFETCH)
 
 /**
- * enum dummy_gpu_policy - what a GPU page fault does to the place of memory
- * @DUMMY_GPU_POLICY_DEVICE: Move it to the device's memory. The default.
- * @DUMMY_GPU_POLICY_SYSTEM: Move it to RAM.
- * @DUMMY_GPU_POLICY_NONE: Leave it where it is.
+ * enum dummy_gpu_policy - where a page migrates when the GPU faults it
+ * @DUMMY_GPU_POLICY_DEVICE: To the device's memory. This is the default.
+ * @DUMMY_GPU_POLICY_SYSTEM: To system memory.
+ * @DUMMY_GPU_POLICY_NONE: The page stays where it is.
  */
 enum dummy_gpu_policy {
 	DUMMY_GPU_POLICY_DEVICE = 0,
@@ -343,17 +358,18 @@ enum dummy_gpu_policy {
  * @size: sizeof(struct dummy_gpu_advise)
  * @flags: Must be 0
  * @start: First address, a multiple of the page size
- * @length: Bytes, a multiple of the page size, at least one page
+ * @length: Length of the range, a multiple of the page size, at least one page
  * @policy: One of enum dummy_gpu_policy
  *
- * Set the policy for a range of addresses, whatever is mapped there, for this
- * open file. It holds for GPU page faults to come; nothing moves now.
+ * Set the policy for a range of addresses, for this open file. It does not
+ * matter what is mapped there. The policy applies to future GPU page faults; no
+ * page migrates now.
  *
  *  - EINVAL: @length is 0, @start or @length is not aligned, the range wraps,
  *    or @policy is unknown.
  *  - EFAULT: The range reaches beyond the user address space.
- *  - ENOSPC: There would be more than 1024 ranges with a policy of their own.
- *  - ENOMEM: No memory for the range.
+ *  - ENOSPC: More than 1024 ranges would have a policy other than the default.
+ *  - ENOMEM: There is no memory to store the policy.
  *
  * @size is written back unless one of the first two errors or a general one
  * occurs.

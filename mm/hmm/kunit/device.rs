@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device with memory, for the tests of those who move pages there.
+//! A device with memory, for the tests that migrate pages.
 
-use super::super::{
-    copy::{
-        CopyBatch,
-        CopyOp, //
+use super::{
+    super::{
+        copy::{
+            CopyBatch,
+            CopyOp, //
+        },
+        device_pool::DevicePool,
+        evict,
+        pool::{
+            Pool,
+            Reservation, //
+        },
+        pool_ops::{
+            MigrateReason,
+            PageData,
+            PoolOps, //
+        },
+        slots::Order, //
     },
-    migrate::MigrateReason,
-    pool::{
-        DevicePool,
-        PageData,
-        Pool,
-        PoolOps,
-        Reservation, //
-    },
-    slots::Order, //
+    MODULE, //
 };
 use core::marker::PhantomData;
 use kernel::{
@@ -35,16 +41,16 @@ use kernel::{
 /// The pages of a chunk.
 pub(super) const CHUNK: usize = Order::MAX.pages();
 
-/// What memory that was not written since holds.
+/// The contents of device memory that was not written yet.
 pub(super) const OLD: u8 = 0xa5;
 
 /// Takes as many pages of the pool as there are elements.
 pub(super) fn reserve<'a>(pool: &'a Arc<Pool>, pfns: &'a mut [usize]) -> Result<Reservation<'a>> {
     let wanted = pfns.len();
-    Pool::reserve(pool, pfns, wanted)
+    evict::reserve(pool, pfns, wanted)
 }
 
-/// What is counted of page data.
+/// The number that a test adds up for page data.
 pub(super) trait Tally: PageData {
     fn value(this: &Self::Borrowed<'_>) -> u64;
     fn own(this: Self) -> u64;
@@ -60,7 +66,7 @@ impl Tally for u64 {
     }
 }
 
-/// Page data that is an object, and counts how often it goes.
+/// Page data that is an object, and counts how often it is dropped.
 pub(super) struct Counted {
     pub(super) value: u64,
     pub(super) dropped: Arc<Atomic<u64>>,
@@ -86,20 +92,20 @@ impl Tally for Arc<Counted> {
 pub(super) struct TestDevice<D> {
     #[pin]
     memory: SpinLock<KVVec<u8>>,
-    /// The largest batch that is copied, in pages; above it copies fail, half done.
+    /// The largest batch that is copied, in pages. A larger batch fails after that many pages.
     pub(super) most: Atomic<usize>,
-    /// The error then.
+    /// The error that such a copy returns.
     pub(super) says: Atomic<i32>,
-    /// The address of pages that are not copied either, and how many there are.
+    /// The address and the number of pages that cannot be copied.
     pub(super) bad: Atomic<usize>,
     pub(super) bad_pages: Atomic<usize>,
-    /// Whether it says so.
+    /// Whether a failed copy returns the error. If not, it returns success.
     pub(super) honest: Atomic<bool>,
-    /// The bytes at the end of a run that it leaves out on the way to system memory.
+    /// The number of bytes at the end of each run that a copy to system memory does not write.
     pub(super) short: Atomic<usize>,
-    /// The pages that came home with their data, by reason.
+    /// The pages with nonzero data that returned to system memory, by reason.
     home: [Atomic<u64>; 3],
-    /// The pages that were freed, and the sum of what they had.
+    /// The number of pages that were freed, and the sum of their data.
     pub(super) freed: Atomic<u64>,
     pub(super) sum: Atomic<u64>,
     _data: PhantomData<fn(D)>,
@@ -108,6 +114,14 @@ pub(super) struct TestDevice<D> {
 impl<D: Tally> TestDevice<D> {
     /// A device with room for `chunks` chunks, and its pool.
     pub(super) fn new(chunks: usize) -> Result<(Arc<Self>, DevicePool<Self>)> {
+        Self::of_module(&MODULE, chunks)
+    }
+
+    /// Like [`TestDevice::new`], for a driver in `module`.
+    pub(super) fn of_module(
+        module: &'static ThisModule,
+        chunks: usize,
+    ) -> Result<(Arc<Self>, DevicePool<Self>)> {
         let memory = KVVec::from_elem(OLD, chunks * CHUNK * PAGE_SIZE, GFP_KERNEL)?;
         let device = Arc::pin_init(
             pin_init!(Self {
@@ -125,7 +139,7 @@ impl<D: Tally> TestDevice<D> {
             }),
             GFP_KERNEL,
         )?;
-        let pool = DevicePool::new(c"hmm_kunit", device.clone(), CHUNK, chunks)?;
+        let pool = DevicePool::new(module, c"hmm_kunit", device.clone(), CHUNK, chunks)?;
         Ok((device, pool))
     }
 

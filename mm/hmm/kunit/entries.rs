@@ -8,8 +8,8 @@ use super::super::{
         Leaf,
         LEAF_ORDER, //
     },
-    pfn::Pfn,
-    range::PageRange,
+    pfn::HmmPfn,
+    range::PageRange, //
 };
 use kernel::{
     bindings,
@@ -24,10 +24,10 @@ const LEAF_BYTES: usize = PAGE_SIZE << LEAF_ORDER;
 const VALID: usize = bindings::hmm_pfn_flags_HMM_PFN_VALID;
 const WRITE: usize = bindings::hmm_pfn_flags_HMM_PFN_WRITE;
 
-/// A page of the kernel's own that plays a user's page.
+/// A kernel page that stands in for a page of a process.
 fn page_with(byte: u8) -> Result<Page> {
     let page = Page::alloc_page(GFP_KERNEL | kernel::alloc::flags::__GFP_ZERO)?;
-    // SAFETY: Nobody else uses the page; the source has the length.
+    // SAFETY: Nobody else uses the page, and the source has 8 bytes.
     unsafe { page.write_raw([byte; 8].as_ptr(), 0, 8) }?;
     Ok(page)
 }
@@ -35,9 +35,10 @@ fn page_with(byte: u8) -> Result<Page> {
 /// Installs `page` with `flags` at each page of `range`.
 fn install(entries: &mut Entries, range: PageRange, page: &Page, flags: usize) -> Result {
     // SAFETY: The page is valid.
-    let pfn = Pfn::from_output(unsafe { bindings::page_to_pfn(page.as_ptr()) } | flags);
+    let pfn = HmmPfn::from_output(unsafe { bindings::page_to_pfn(page.as_ptr()) } | flags);
     let mut spare = Some(Leaf::new()?);
-    // SAFETY: The pages outlive the entries of the test, and there is no notifier.
+    // SAFETY: The test keeps the pages until it has dropped the entries, and no invalidation can
+    // collide because there is no notifier.
     unsafe { entries.install(range, core::iter::repeat(pfn), &mut spare) }
 }
 
@@ -97,8 +98,8 @@ mod tests {
             let leaf = PageRange::from_len(leaf * LEAF_BYTES, LEAF_BYTES)?;
             install(&mut entries, leaf, &page, VALID)?;
         }
-        // From the last page of the first leaf to the first of the last: the middle leaf goes
-        // whole.
+        // From the last page of the first leaf to the first page of the last leaf: the middle leaf
+        // is erased entirely.
         let gone = PageRange::new(LEAF_BYTES - PAGE_SIZE, 2 * LEAF_BYTES + PAGE_SIZE)?;
         assert_eq!(entries.erase(gone), gone.pages());
         assert_eq!(entries.erase(gone), 0);
@@ -129,7 +130,7 @@ mod tests {
         let range = PageRange::from_len(0, LEAF_BYTES)?;
         let mut entries = Entries::new(range)?;
         let none = core::iter::empty();
-        // SAFETY: Nothing is installed.
+        // SAFETY: The iterator is empty, so no pfn is installed.
         assert!(unsafe { entries.install(range, none, &mut None) } == Err(ENOMEM));
         install(&mut entries, range, &old, VALID)?;
         let one = PageRange::from_len(PAGE_SIZE, PAGE_SIZE)?;
@@ -144,11 +145,11 @@ mod tests {
         let range = PageRange::from_len(0, LEAF_BYTES)?;
         let mut entries = Entries::new(range)?;
         let pfns = (0..LEAF_BYTES / PAGE_SIZE).map(|n| match n % 2 {
-            0 => Pfn::NONE,
-            _ => Pfn::ERROR,
+            0 => HmmPfn::NONE,
+            _ => HmmPfn::ERROR,
         });
         let mut spare = Some(Leaf::new()?);
-        // SAFETY: There is no page, and no notifier.
+        // SAFETY: None of the entries has a page, and there is no notifier.
         unsafe { entries.install(range, pfns, &mut spare) }?;
         assert_eq!(entries.leaves(), 0);
         assert!(spare.is_some());
@@ -170,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_write_marks_the_page_dirty() -> Result {
-        // A page of no file: set_page_dirty() sets the flag alone.
+        // The page belongs to no file, so marking it dirty only sets the flag.
         let page = page_with(7)?;
         let range = PageRange::from_len(0, LEAF_BYTES)?;
         let mut entries = Entries::new(range)?;

@@ -4,16 +4,12 @@
 
 use super::{
     super::{
-        fault::{
-            FaultBuf,
-            FaultRequest, //
-        },
-        mirror::{
-            Mirror,
-            REGION_ORDER, //
-        },
+        fault::FaultRequest,
+        hmm_range::FaultBuf,
+        mirror::Mirror,
         pfn::Access,
         range::PageRange,
+        region::REGION_ORDER, //
     },
     map_aligned,
     page,
@@ -33,7 +29,7 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Makes `page` exclusive; returns how often that was tried again.
+/// Makes `page` exclusive and returns the number of retries.
 fn make_exclusive(mirror: &Mirror, page: PageRange) -> Result<u32> {
     let mut buf = FaultBuf::new(0)?;
     let va = mirror.make_exclusive(page.start(), &mut buf, |page| page.va())?;
@@ -41,7 +37,7 @@ fn make_exclusive(mirror: &Mirror, page: PageRange) -> Result<u32> {
     Ok(buf.retries())
 }
 
-/// A mirror, the pages of a window of 8 that is mapped, and who is told of invalidations.
+/// A mirror, a mapped window of 8 pages, and the ops that record invalidations.
 fn setup(mm: &UserMm) -> Result<(Mirror, PageRange, Arc<Recorder>)> {
     let ops = Recorder::new()?;
     Ok((
@@ -84,7 +80,7 @@ mod tests {
             let (mirror, window, ops) = setup(mm)?;
             let (cold, warm) = (page(window, 0)?, page(window, 1)?);
             assert_eq!(make_exclusive(&mirror, cold)?, 0);
-            // What the device had of the page is gone all the same.
+            // The event erases the entry nevertheless.
             user_write(warm.start(), 1)?;
             let mut buf = FaultBuf::new(0)?;
             mirror.fault(FaultRequest::new(warm, Access::Write), &mut buf, |_| ())?;

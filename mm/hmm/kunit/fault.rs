@@ -4,24 +4,22 @@
 
 use super::{
     super::{
-        fault::{
+        commit::{
             clamp_order,
             Commit,
-            Device,
+            DevicePage,
             Entry,
-            FaultBuf,
-            FaultRequest,
-            Ram, //
+            RamPage, //
         },
-        mirror::{
-            Mirror,
-            REGION_ORDER, //
-        },
+        fault::FaultRequest,
+        hmm_range::FaultBuf,
+        mirror::Mirror,
         pfn::{
             Access,
-            Pfn, //
+            HmmPfn, //
         },
         range::PageRange,
+        region::REGION_ORDER, //
     },
     map_aligned,
     page,
@@ -39,11 +37,11 @@ use kernel::{
         UserMm, //
     },
     page::PAGE_SIZE,
-    prelude::*,
+    prelude::*, //
 };
 
-/// Faults `range` for `access`; the entries of the window as letters: `r`ead, `w`rite, `h`ole,
-/// `e`rror; capitals where the page is the device's.
+/// Faults `range` for `access` and returns a letter for each entry of the window: `r`ead,
+/// `w`rite, `h`ole, `e`rror; a capital letter for a page in device memory.
 fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> {
     let mut buf = FaultBuf::new(3)?;
     let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
@@ -52,10 +50,10 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> 
             let letter = match entry {
                 Entry::Hole => b'h',
                 Entry::Error => b'e',
-                Entry::Ram(Ram::Read(_)) => b'r',
-                Entry::Ram(Ram::Write(_)) => b'w',
-                Entry::Device(Device::Read(_)) => b'R',
-                Entry::Device(Device::Write(_)) => b'W',
+                Entry::Ram(RamPage::Read(_)) => b'r',
+                Entry::Ram(RamPage::Write(_)) => b'w',
+                Entry::Device(DevicePage::Read(_)) => b'R',
+                Entry::Device(DevicePage::Write(_)) => b'W',
             };
             let _ = letters.push_within_capacity(letter);
         }
@@ -63,7 +61,7 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> 
     Ok(letters)
 }
 
-/// Looks at `range`; the entries as letters, as in [`fault`], and `z` for the page of zeroes.
+/// Takes a snapshot of `range`. Returns letters as [`fault`] does, and `z` for the zero page.
 fn snapshot(mirror: &Mirror, range: PageRange) -> Result<KVec<u8>> {
     let mut buf = FaultBuf::new(3)?;
     let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
@@ -73,9 +71,9 @@ fn snapshot(mirror: &Mirror, range: PageRange) -> Result<KVec<u8>> {
             let letter = match entry {
                 Entry::Hole => b'h',
                 Entry::Error => b'e',
-                Entry::Ram(Ram::Read(page)) if page.is_zero() => b'z',
-                Entry::Ram(Ram::Read(_)) => b'r',
-                Entry::Ram(Ram::Write(_)) => b'w',
+                Entry::Ram(RamPage::Read(page)) if page.is_zero() => b'z',
+                Entry::Ram(RamPage::Read(_)) => b'r',
+                Entry::Ram(RamPage::Write(_)) => b'w',
                 Entry::Device(_) => b'd',
             };
             let _ = letters.push_within_capacity(letter);
@@ -84,7 +82,7 @@ fn snapshot(mirror: &Mirror, range: PageRange) -> Result<KVec<u8>> {
     Ok(letters)
 }
 
-/// Drops what is mapped at `range`; the mapping stays.
+/// Unmaps the pages of `range`, but keeps the VMA.
 fn zap(mm: &UserMm, range: PageRange) {
     let guard = mm.mm().mmap_read_lock();
     if let Some(vma) = guard.vma_lookup(range.start()) {
@@ -124,7 +122,7 @@ mod tests {
             let window = map_window(mm, Prot::ReadWrite)?;
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             user_write(page(window, 1)?.start(), 1)?;
-            // The zero page.
+            // A read maps the zero page.
             user_read(page(window, 2)?.start())?;
             let letters = fault(&mirror, page(window, 0)?, Access::Read)?;
             assert_eq!(&letters[..], b"rwrhhhhh");
@@ -180,7 +178,7 @@ mod tests {
             let mirror = Mirror::new(&MODULE, ops.clone())?;
             assert_eq!(&fault(&mirror, range, Access::Read)?[..], b"r");
             assert!(mirror.write(va, &[1]).is_err());
-            // The copy replaces the page: the entry of the old one must go.
+            // Copy-on-write replaces the page, so the entry of the old page must be erased.
             assert_eq!(&fault(&mirror, range, Access::Write)?[..], b"w");
             assert!(ops.count() >= 1);
             assert!(mirror.write(va, &[1]).is_ok());
@@ -235,7 +233,7 @@ mod tests {
                 assert_eq!(calls, 0);
                 assert_eq!(buf.retries(), 0);
             }
-            // Where nothing is mapped there is nothing to follow.
+            // No region is created where nothing is mapped.
             assert!(mirror.region(0).is_none());
             assert_eq!(ops.count(), 0);
             Ok(())
@@ -289,7 +287,7 @@ mod tests {
     fn a_page_that_fails_in_the_window_does_not_fail_the_page_before_it() -> Result {
         with_user_mm(|mm| {
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
-            // The file ends before the mapping does: mm answers SIGBUS there.
+            // The file ends before the mapping: a fault beyond its end is VM_FAULT_SIGBUS.
             let len = 16 * PAGE_SIZE;
             let va = mm.mmap_shmem(len, PAGE_SIZE, Prot::ReadWrite, true)?;
             let range = PageRange::from_len(va, 2 * PAGE_SIZE)?;
@@ -311,7 +309,7 @@ mod tests {
             for _ in 0..2 {
                 assert_eq!(&snapshot(&mirror, window)?[..], b"hwzhhhhh");
             }
-            // What is there can be used, as after a fault.
+            // Pages that the snapshot reports are accessible, as after a fault.
             assert!(mirror.write(page(window, 1)?.start(), &[2]).is_ok());
             assert!(mirror.read(page(window, 2)?.start(), &mut [0]).is_ok());
             assert!(mirror.read(page(window, 3)?.start(), &mut [0]).is_err());
@@ -341,7 +339,7 @@ mod tests {
             user_write(page(window, 2)?.start(), 1)?;
             let two = PageRange::from_len(page(window, 2)?.start(), 2 * PAGE_SIZE)?;
             assert_eq!(&snapshot(&mirror, two)?[..], b"wh");
-            // To the end of the aligned block.
+            // A snapshot ends at the end of the aligned block.
             let long = PageRange::from_len(two.start(), 2 * window.len())?;
             assert_eq!(&snapshot(&mirror, long)?[..], b"whhhhh");
             Ok(())
@@ -401,7 +399,7 @@ mod tests {
             assert_eq!(attempts, 3);
             assert_eq!(commits, 1);
             assert_eq!(buf.retries(), 2);
-            // What the device has is the page that came after the old one went.
+            // The device has the new page, not the one that was unmapped.
             let mut byte = [7];
             assert!(mirror.read(window.start(), &mut byte).is_ok());
             assert_eq!(byte[0], 0);
@@ -438,7 +436,7 @@ mod tests {
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(3)?;
             let needed = PageRange::new(page(window, 2)?.start(), page(window, 5)?.end())?;
-            // The whole window, then what is needed, then the first page of that.
+            // Each collision makes the window smaller: all of it, the needed pages, the first page.
             for (collisions, range) in [window, needed, page(window, 2)?, page(window, 2)?]
                 .into_iter()
                 .enumerate()
@@ -489,18 +487,18 @@ mod tests {
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(window, Access::Write);
-            // The second page of the window is such a one: it does not fail the first.
+            // An error at the second page does not make the first page fail.
             let mut served = None;
             let second = |pfns: &mut [usize]| {
                 if let Some(pfn) = pfns.get_mut(1) {
-                    *pfn = Pfn::ERROR.into_raw();
+                    *pfn = HmmPfn::ERROR.into_raw();
                 }
             };
             let mut f = |commit: &Commit<'_>| served = commit.needed();
-            // A report of one page has no second, but the array that it is in has.
+            // The hook writes element 1 even if the report has one page; that changes nothing.
             mirror.fault_loop(&req, &mut buf, &mut f, second)?;
             assert!(served == Some(page(window, 0)?));
-            let all = |pfns: &mut [usize]| pfns.fill(Pfn::ERROR.into_raw());
+            let all = |pfns: &mut [usize]| pfns.fill(HmmPfn::ERROR.into_raw());
             let result = mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), all);
             assert_eq!(result, Err(EFAULT));
             assert_eq!(buf.retries(), 0);
@@ -519,8 +517,8 @@ mod tests {
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let guard = mm.mm().mmap_read_lock();
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
-            // SAFETY: The VMA is valid while mmap_lock is held. No other task has this mm, so that
-            // nobody reads the flags meanwhile.
+            // SAFETY: The VMA is valid while mmap_lock is held. No other task has this mm, so
+            // nobody reads the flags concurrently.
             unsafe { (*vma.as_ptr()).__bindgen_anon_2.vm_flags |= bindings::VM_SHADOW_STACK };
             drop(guard);
 
@@ -548,7 +546,7 @@ mod tests {
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(above, Access::Read);
             mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| zap(mm, below))?;
-            // The page may be a part of the huge page of zeroes, which is split first.
+            // There may be more than one event: the huge zero page is split before it is zapped.
             assert!(ops.count() >= 1);
             assert_eq!(buf.retries(), 0);
             assert!(mirror.read(above.start(), &mut [0]).is_ok());

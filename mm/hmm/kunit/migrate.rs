@@ -1,36 +1,42 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of `migrate.rs`, and of faults of pages that are in the device's memory.
+//! Tests of `migrate.rs`, and of faults of pages in device memory.
 
 use super::{
     super::{
-        copy::PageCopy,
-        fault::{
-            Device,
+        commit::{
+            DevicePage,
             Entry,
-            FaultBuf,
-            FaultRequest,
-            Ram, //
+            RamPage, //
         },
-        migrate::{
-            evict,
+        copy::PageCopy,
+        device_pool::DevicePool,
+        evict::{
+            evict_pfns,
+            reserve as reserve_pages, //
+        },
+        fault::FaultRequest,
+        folio::{
+            tests::ALLOWED,
+            Effort, //
+        },
+        hmm_range::FaultBuf,
+        migrate::MigrateBuf,
+        migrate_vma::{
             Arrays,
             Collected,
             Holes,
-            MigrateBuf,
-            MigrateReason,
             ToDevice,
-            ToRam,
-            GFP_TRY, //
+            ToRam, //
         },
         mirror::Mirror,
         pfn::Access,
-        pool::{
-            DevicePool,
-            Pool,
+        pool_ops::{
+            MigrateReason,
             RawData, //
         },
         range::PageRange,
+        slots::Node, //
     },
     device::{
         reserve,
@@ -71,23 +77,11 @@ use kernel::{
     workqueue::system_dfl, //
 };
 
-/// How many allocations of pages of RAM succeed before all fail.
-static ALLOCS: Atomic<usize> = Atomic::new(usize::MAX);
-
-/// Whether the allocation of a page of RAM is to fail.
-pub(crate) fn fail_alloc() -> bool {
-    let left = ALLOCS.load(Relaxed);
-    if left != usize::MAX && left != 0 {
-        ALLOCS.store(left - 1, Relaxed);
-    }
-    left == 0
-}
-
-/// Runs `f` with `count` pages of RAM to be had.
+/// Runs `f`, which can allocate only `count` pages of system memory.
 fn with_allocs<R>(count: usize, f: impl FnOnce() -> R) -> R {
-    ALLOCS.store(count, Relaxed);
+    ALLOWED.store(count, Relaxed);
     let result = f();
-    ALLOCS.store(usize::MAX, Relaxed);
+    ALLOWED.store(usize::MAX, Relaxed);
     result
 }
 
@@ -118,7 +112,7 @@ impl Setup {
         self.migrate(range, Holes::Populate)
     }
 
-    /// As a read by the device does.
+    /// Migrates as a driver does before a read by the device: holes are not populated.
     fn migrate_for_read(&mut self, range: PageRange) -> Result<usize> {
         self.migrate(range, Holes::Keep)
     }
@@ -149,16 +143,16 @@ impl Setup {
     }
 }
 
-/// Faults `range` for `access`; returns how many pages of it are the device's, and may be accessed
-/// so there.
+/// Faults `range` for `access`. Returns how many of its pages are in device memory and permit the
+/// access.
 fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<usize> {
     let mut buf = FaultBuf::new(ORDER)?;
     mirror.fault(FaultRequest::new(range, access), &mut buf, |commit| {
         let needed = commit.needed();
         let device = commit.entries().filter(|(va, entry)| {
             let allowed = match entry {
-                Entry::Device(Device::Read(_)) => access == Access::Read,
-                Entry::Device(Device::Write(_)) => true,
+                Entry::Device(DevicePage::Read(_)) => access == Access::Read,
+                Entry::Device(DevicePage::Write(_)) => true,
                 _ => false,
             };
             allowed && needed.is_some_and(|needed| needed.contains(*va))
@@ -167,7 +161,7 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<usize> {
     })
 }
 
-/// Maps a window of pages, and writes `first` to the first, and so on.
+/// Maps a window and fills its pages with `first`, `first + 1` and so on.
 fn map_window(mm: &UserMm, first: Option<u8>) -> Result<PageRange> {
     let window = map_aligned(mm, WINDOW, Prot::ReadWrite)?;
     if let Some(first) = first {
@@ -201,7 +195,7 @@ fn user_has(va: usize, byte: u8) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether the pages of `window` are full of what [`map_window`] writes to them.
+/// Whether the pages of `window` hold what `map_window(_, Some(first))` writes to them.
 fn holds(window: PageRange, first: u8) -> Result<bool> {
     for (n, va) in window.page_addrs().enumerate() {
         if !user_has(va, first + n as u8)? {
@@ -228,7 +222,7 @@ fn fill(mm: &UserMm, setup: &mut Setup) -> Result<PageRange> {
 
 /// Page data for the pool of a [`Setup`].
 fn number() -> Result<RawData> {
-    // SAFETY: Its page data is a `u64`.
+    // SAFETY: The page data of `TestDevice<u64>` is a `u64`.
     Ok(unsafe { RawData::new(5u64) })
 }
 
@@ -254,7 +248,7 @@ mod tests {
                 assert!(setup.mirror.write(va, &[101 + n as u8; PAGE_SIZE]).is_ok());
             }
             assert!(holds(window, 101)?);
-            // One touch brings its neighbours along, and nothing stays behind.
+            // One CPU fault migrated the whole aligned block; no device page is in use any more.
             assert_eq!(setup.home(MigrateReason::CpuFault), WINDOW as u64);
             assert_eq!(setup.freed(), WINDOW as u64);
             assert_eq!(setup.used(), 0);
@@ -309,7 +303,7 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             let hole = map_window(mm, None)?;
-            // The first half is copied, the rest is not: nothing moves.
+            // The copy fails after the first half of the window: no page moves.
             setup.device.most.store(WINDOW / 2, Relaxed);
             assert_eq!(setup.migrate_in(window), Err(EIO));
             assert_eq!(setup.migrate_in(hole), Err(EIO));
@@ -332,7 +326,7 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, None)?;
-            // A page and a hole in turn: no two of them are one run.
+            // Pages alternate with holes, so each is a run of its own.
             for va in window.page_addrs().step_by(2) {
                 user_write(va, 1)?;
             }
@@ -429,11 +423,11 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
-            // One page of RAM is left.
+            // Only one page of system memory can be allocated.
             assert!(with_allocs(1, || user_has(page(window, 7)?.start(), 8))?);
             assert_eq!(setup.home(MigrateReason::CpuFault), 1);
             assert_eq!(setup.used(), WINDOW - 1);
-            // One page cannot be copied: it alone stays, whoever asks.
+            // One page cannot be copied. Only this page stays, for each way of migrating back.
             setup.device.bad.store(9 * PAGE_SIZE, Relaxed);
             assert!(user_has(page(window, 5)?.start(), 6)?);
             assert_eq!(setup.used(), 1);
@@ -459,7 +453,7 @@ mod tests {
             assert_eq!(setup.home(MigrateReason::CpuFault), 2);
             assert_eq!(setup.migrate_in(page(window, 3)?)?, 1);
             assert_eq!(setup.migrate_out(window)?, 1);
-            // They are holes still.
+            // The other pages are still holes.
             assert_eq!(fault(&setup.mirror, window, Access::Read)?, 0);
             assert_eq!(setup.used(), 0);
             Ok(())
@@ -505,7 +499,7 @@ mod tests {
             let last = PageRange::new(all.end() - align, all.end())?;
             assert_eq!(fault(&setup.mirror, first, Access::Read)?, 0);
             assert_eq!(fault(&setup.mirror, last, Access::Read)?, WINDOW);
-            // What is there already wants no room.
+            // Pages that are already on the device need no room.
             assert_eq!(setup.migrate_in(last)?, 0);
             assert_eq!(setup.home(MigrateReason::Evict), 2 * WINDOW as u64);
             for (n, va) in all.page_addrs().enumerate() {
@@ -521,7 +515,7 @@ mod tests {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
             let window = map_window(mm, None)?;
-            // Nothing to move leaves the pool as empty as it was.
+            // If no page moves, the pool does not grow.
             assert_eq!(setup.migrate_for_read(window)?, 0);
             assert_eq!(setup.pool.pool().chunks(), 0);
             assert!(user_has(page(window, 1)?.start(), 0)?);
@@ -535,13 +529,13 @@ mod tests {
                 let byte = if n == 2 { 2 } else { 0 };
                 assert_eq!(first_byte(&setup.mirror, va), Some(byte));
             }
-            // All but the one page are the shared page of zeroes.
+            // All pages except one are the zero page.
             let mut buf = FaultBuf::new(ORDER)?;
             let zero = setup
                 .mirror
                 .fault(FaultRequest::snapshot(window), &mut buf, |commit| {
                     let zero = commit.entries().filter(
-                        |(_, entry)| matches!(entry, Entry::Ram(Ram::Read(page)) if page.is_zero()),
+                        |(_, entry)| matches!(entry, Entry::Ram(RamPage::Read(page)) if page.is_zero()),
                     );
                     zero.count()
                 })?;
@@ -558,7 +552,7 @@ mod tests {
             let full = fill(mm, &mut setup)?;
             assert_eq!(setup.used(), CHUNK);
 
-            // Pinned pages.
+            // Nothing is evicted for pinned pages.
             let window = map_window(mm, Some(1))?;
             let mut pages = [null_mut(); WINDOW];
             // SAFETY: The array has an element for each page; the current task uses the mm.
@@ -577,7 +571,7 @@ mod tests {
             assert_eq!(moved, Ok(0));
             assert_eq!(setup.home(MigrateReason::Evict), 0);
 
-            // Page cache, but for one page of the process's own.
+            // Page cache does not move, except for one private copy.
             let len = WINDOW * PAGE_SIZE;
             let file = mm.mmap_shmem(len, len, Prot::ReadWrite, false)?;
             let file = PageRange::from_len(file, len)?;
@@ -590,14 +584,14 @@ mod tests {
             assert_eq!(moved, 1);
             assert_eq!(setup.home(MigrateReason::Evict), 1);
 
-            // Pages that nobody may read, and holes for a read.
+            // Nothing is evicted for PROT_NONE memory, nor for holes that are only read.
             let none = map_aligned(mm, WINDOW, Prot::None)?;
             assert_eq!(setup.migrate_in(none)?, 0);
             let hole = map_window(mm, None)?;
             assert_eq!(setup.migrate_for_read(hole)?, 0);
             assert_eq!(setup.home(MigrateReason::Evict), 1);
 
-            // As many as move, and no more.
+            // As many pages are evicted as move to the device.
             assert_eq!(setup.migrate_in(page(window, 0)?)?, 1);
             assert_eq!(setup.home(MigrateReason::Evict), 2);
             assert_eq!(setup.migrate_in(window)?, WINDOW - 1);
@@ -616,7 +610,7 @@ mod tests {
             let mut setup = Setup::new()?;
             fill(mm, &mut setup)?;
             let window = map_window(mm, Some(1))?;
-            // Those that would be evicted first: two batches.
+            // The oldest two batches cannot be copied back.
             setup.device.bad.store(0, Relaxed);
             setup.device.bad_pages.store(2 * WINDOW, Relaxed);
             assert_eq!(setup.migrate_in(window)?, WINDOW);
@@ -635,7 +629,7 @@ mod tests {
             let pool = setup.pool.pool();
             let (mut few, mut rest) = ([0; WINDOW], KVec::from_elem(0, CHUNK - 4, GFP_KERNEL)?);
             let rest = reserve(pool, &mut rest)?;
-            let mut reservation = Pool::reserve(pool, &mut few, 2)?;
+            let mut reservation = reserve_pages(pool, &mut few, 2)?;
             let mut buf = MigrateBuf::new(ORDER)?;
             let mut asked = 0;
             let mut data = || {
@@ -648,7 +642,7 @@ mod tests {
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
             let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
-            // Two were taken before, and two are free.
+            // The reservation has two pages, and two more are free in the pool.
             let (copied, short) = collected.copy(&mut reservation, Holes::Keep, &mut data)?;
             let moved = copied.commit().pages();
             drop(guard);
@@ -689,15 +683,15 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
             let mut pfns = [0];
-            assert_eq!(setup.pool.pool().oldest(&mut pfns), 1);
-            // The page of the pool that holds the first page of the window.
-            // SAFETY: The page is in use, and stays so while there is a reference to it.
+            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), 1);
+            // The device page of the first page of the window.
+            // SAFETY: The pfn is of a page of the pool, which has a struct page.
             let page = unsafe { bindings::pfn_to_page(pfns[0]) } as usize;
-            // SAFETY: The page is in use by the process, which has not touched it since.
+            // SAFETY: The mapping holds a reference, since the process has not touched the page.
             unsafe { bindings::folio_get((page as *mut bindings::page).cast()) };
             system_dfl().try_spawn(GFP_KERNEL, move || {
                 fsleep(Delta::from_millis(20));
-                // SAFETY: This gives the reference up that was taken above.
+                // SAFETY: The reference was taken by folio_get() above.
                 unsafe { bindings::folio_put((page as *mut bindings::page).cast()) };
             })?;
             assert!(user_has(window.start(), 1)?);
@@ -804,7 +798,7 @@ mod tests {
             let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
             let (copied, _) = collected.copy(&mut reservation, Holes::Keep, &mut number)?;
             let committed = copied.commit();
-            // As MADV_DONTNEED does.
+            // Unmap some of the pages between commit and finalize, as MADV_DONTNEED would.
             vma.zap_vma_range(window.start(), 4 * PAGE_SIZE);
             let moved = committed.pages();
             drop(committed);
@@ -877,16 +871,19 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
-            // Who looks for pages to evict has their pfns when one of them leaves.
+            // One of the pages leaves the device after another task has picked it for eviction.
             let mut pfns = [0; WINDOW];
-            assert_eq!(setup.pool.pool().oldest(&mut pfns), WINDOW);
-            setup.pool.pool().leave([0].into_iter());
+            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), WINDOW);
+            setup.pool.pool().mark_unused([0].into_iter());
             let pool = setup.pool.pool();
-            // SAFETY: The pool does not end.
-            let evicted = unsafe { evict(pool, &mut pfns, GFP_TRY) };
+            // SAFETY: The pfns are of chunks of this pool, which `setup` keeps alive.
+            let evicted = unsafe { evict_pfns(pool, &mut pfns, Effort::Try) };
             assert_eq!(evicted, Ok(WINDOW - 1));
             assert_eq!(setup.home(MigrateReason::Evict), WINDOW as u64 - 1);
-            setup.pool.pool().settle([0].into_iter());
+            setup
+                .pool
+                .pool()
+                .mark_used([(0, Node::new(0)?)].into_iter());
             assert!(holds(window, 1)?);
             assert_eq!(setup.used(), 0);
             Ok(())
@@ -897,24 +894,28 @@ mod tests {
     fn pages_that_are_unmapped_while_they_are_evicted_are_freed() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;
-            // The only mapping there is.
+            // The process has no other mapping.
             let va = mm.mmap_anonymous(PAGE_SIZE, Prot::ReadWrite)?;
             let page = PageRange::from_len(va, PAGE_SIZE)?;
             user_write(va, 1)?;
             assert_eq!(setup.migrate_in(page)?, 1);
             let (mut pfns, mut dst, mut copies) = ([0], [0], [PageCopy::NONE]);
-            assert_eq!(setup.pool.pool().oldest(&mut pfns), 1);
+            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), 1);
             let arrays = Arrays {
                 src: &mut pfns,
                 dst: &mut dst,
                 copies: &mut copies,
             };
-            // SAFETY: The pool does not end.
+            // SAFETY: The pfns are of chunks of this pool, which `setup` keeps alive.
             let collected = unsafe { Collected::<ToRam>::pfns(setup.pool.pool(), arrays, 1) };
-            // What was there to find the page table entry by goes, and RCU lets it.
+            // munmap() frees the VMA and with it the anon_vma, after an RCU grace period.
             let unmapped = mm.munmap(va, PAGE_SIZE);
             fsleep(Delta::from_millis(100));
-            drop(collected.copy(GFP_TRY, None)?.commit(MigrateReason::Evict));
+            drop(
+                collected
+                    .copy(Effort::Try, None)?
+                    .commit(MigrateReason::Evict),
+            );
             unmapped?;
             assert_eq!(setup.used(), 0);
             assert_eq!(setup.freed(), 1);
@@ -939,10 +940,10 @@ mod tests {
                 copies: &mut copies,
             };
             let pool = setup.pool.pool();
-            // SAFETY: mmap_lock is held; there is no page of a fault.
+            // SAFETY: mmap_lock is held, and the fault page is null.
             let collected =
                 unsafe { Collected::<ToRam>::at(pool, vma, window, null_mut(), arrays) }?;
-            let copied = with_allocs(0, || collected.copy(GFP_TRY, Some(0)))?;
+            let copied = with_allocs(0, || collected.copy(Effort::Try, Some(0)))?;
             drop(copied.commit(MigrateReason::CpuFault));
             drop(guard);
             assert_eq!(setup.used(), WINDOW - 1);
@@ -993,7 +994,7 @@ mod tests {
             assert_eq!(fault(&other.mirror, window, Access::Read)?, 0);
             assert_eq!(first_byte(&other.mirror, window.start()), Some(1));
             assert_eq!(setup.used(), 0);
-            // And one device's pool is no place for another's mirror.
+            // A mirror cannot migrate to the pool of another device.
             let migrated = setup.mirror.migrate_to_device(
                 &other.pool,
                 window,
@@ -1125,7 +1126,7 @@ mod tests {
             assert_eq!(first_byte(&setup.mirror, va), Some(1));
             assert!(setup.mirror.write(va, &[2; PAGE_SIZE]).is_ok());
             assert!(user_has(va, 2)?);
-            // And leaves again, which ends it.
+            // Migration to the device ends exclusive access.
             setup.mirror.make_exclusive(va, &mut buf, |_| ())?;
             setup.migrate_in(page(window, 0)?)?;
             assert_eq!(first_byte(&setup.mirror, va), None);
@@ -1199,7 +1200,7 @@ mod tests {
             mm.munmap(hole.start(), hole.len())?;
             assert_eq!(setup.migrate_in(hole), Err(EFAULT));
             assert_eq!(setup.migrate_out(hole), Err(EFAULT));
-            // Up to the hole.
+            // A migration ends at the hole.
             assert_eq!(setup.migrate_in(window), Ok(2));
             let last = usize::MAX - (2 * PAGE_SIZE - 1);
             let last = PageRange::from_len(last, PAGE_SIZE)?;

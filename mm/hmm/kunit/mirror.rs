@@ -4,17 +4,15 @@
 
 use super::{
     super::{
-        fault::{
-            FaultBuf,
-            FaultRequest, //
-        },
-        mirror::{
-            Mirror,
-            Region,
-            REGION_ORDER, //
-        },
+        fault::FaultRequest,
+        hmm_range::FaultBuf,
+        mirror::Mirror,
         pfn::Access,
         range::PageRange,
+        region::{
+            Region,
+            REGION_ORDER, //
+        }, //
     },
     user_write,
     Recorder,
@@ -33,7 +31,7 @@ use kernel::{
     uaccess::{
         UserPtr,
         UserSlice, //
-    },
+    }, //
 };
 
 const REGION_BYTES: usize = PAGE_SIZE << REGION_ORDER;
@@ -88,7 +86,7 @@ mod tests {
     #[test]
     fn reads_and_writes_cross_pages_and_miss_behind_them() -> Result {
         with_user_mm(|mm| {
-            // Nothing is mapped behind the first mapping of an address space.
+            // Nothing is mapped above the first mapping of an address space.
             let two = map(mm, 2, 7)?;
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             fault(&mirror, two, Access::Write)?;
@@ -137,7 +135,7 @@ mod tests {
     #[test]
     fn reads_cross_regions() -> Result {
         with_user_mm(|mm| {
-            // Read-only memory that nobody wrote to is not accounted, and reads as zeros.
+            // A read-only mapping of this size is possible, since it is not accounted.
             let len = 2 * REGION_BYTES;
             let start = mm.mmap_anonymous(len, Prot::Read)?;
             let border = (start + 1).next_multiple_of(REGION_BYTES);
@@ -213,12 +211,12 @@ mod tests {
                 event: bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR,
                 owner: core::ptr::null_mut(),
             };
-            // SAFETY: The notifier is the region's, the event is valid, and the sequence is one
-            // that an invalidation could have: odd.
+            // SAFETY: The notifier is the region's, the event is valid, and the sequence is odd, as
+            // in an invalidation.
             let invalidate =
                 || unsafe { Region::invalidate_callback(region.notifier(), &event, 1) };
 
-            // SAFETY: The notifier is the region's; nobody writes it meanwhile.
+            // SAFETY: The notifier is the region's, and nobody writes it concurrently.
             let sequence = || unsafe { (*region.notifier()).invalidate_seq };
             let before = sequence();
 
@@ -243,7 +241,7 @@ mod tests {
             let range = map(mm, 1, 7)?;
             let ops = Recorder::new()?;
             let mirror = Mirror::new(&MODULE, ops.clone())?;
-            // Not where the mirror made its first region.
+            // An address where the mirror has no region yet.
             let va = range.start() / 2;
             let first = mirror.new_region(mm.mm(), va)?;
             let second = mirror.new_region(mm.mm(), va)?;
@@ -252,7 +250,7 @@ mod tests {
             assert!(Arc::ptr_eq(&first, &second));
             let found = mirror.region_or_insert(mm.mm(), va)?;
             assert!(Arc::ptr_eq(&first, &found));
-            // The other is told of nothing any more.
+            // The region that lost the race gets no more invalidations.
             fault(&mirror, range, Access::Read)?;
             let other = mirror.new_region(mm.mm(), range.start())?;
             drop(mirror.publish(other, range.start())?);

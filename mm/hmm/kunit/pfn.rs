@@ -2,11 +2,13 @@
 
 //! Tests of `pfn.rs`.
 
-use super::super::pfn::{
-    request,
-    Access,
-    Pfn,
-    State, //
+use super::super::{
+    pfn::{
+        request,
+        Access,
+        HmmPfn,
+        State, //
+    }, //
 };
 use kernel::{
     bindings,
@@ -28,39 +30,39 @@ mod tests {
     #[test]
     fn nothing_and_error_allow_nothing() {
         for raw in [0, ERROR, ERROR | VALID, ERROR | VALID | WRITE, WRITE, 42] {
-            let pfn = Pfn::from_output(raw);
+            let pfn = HmmPfn::from_output(raw);
             assert!(!pfn.allows(Access::Read));
             assert!(!pfn.allows(Access::Write));
             assert!(pfn.present().is_none());
         }
-        assert_eq!(Pfn::from_output(0).state(), State::Hole);
-        assert_eq!(Pfn::from_output(ERROR).state(), State::Error);
-        assert_eq!(Pfn::NONE.state(), State::Hole);
+        assert_eq!(HmmPfn::from_output(0).state(), State::Hole);
+        assert_eq!(HmmPfn::from_output(ERROR).state(), State::Error);
+        assert_eq!(HmmPfn::NONE.state(), State::Hole);
     }
 
     #[test]
     fn write_needs_the_write_flag() {
-        let read = Pfn::from_output(42 | VALID);
+        let read = HmmPfn::from_output(42 | VALID);
         assert!(read.allows(Access::Read) && !read.allows(Access::Write));
         assert_eq!(read.state(), State::Present(Access::Read));
-        let write = Pfn::from_output(42 | VALID | WRITE);
+        let write = HmmPfn::from_output(42 | VALID | WRITE);
         assert!(write.allows(Access::Read) && write.allows(Access::Write));
     }
 
     #[test]
     fn the_order_survives_and_sticky_flags_do_not() {
         for flag in [DMA_MAPPED, P2PDMA, P2PDMA_BUS] {
-            let pfn = Pfn::from_output(42 | VALID | flag | (9 << ORDER_SHIFT));
+            let pfn = HmmPfn::from_output(42 | VALID | flag | (9 << ORDER_SHIFT));
             assert_eq!(pfn.pfn(), Some(42));
             assert_eq!(pfn.order(), 9);
             assert!(!pfn.is_device() && !pfn.is_zero());
-            assert_eq!(pfn, Pfn::from_output(42 | VALID | (9 << ORDER_SHIFT)));
+            assert_eq!(pfn, HmmPfn::from_output(42 | VALID | (9 << ORDER_SHIFT)));
         }
     }
 
     #[test]
     fn marks_say_nothing_else() {
-        let pfn = Pfn::from_output(42 | VALID | WRITE | (31 << ORDER_SHIFT));
+        let pfn = HmmPfn::from_output(42 | VALID | WRITE | (31 << ORDER_SHIFT));
         assert!(pfn.with_device().is_device() && !pfn.with_device().is_zero());
         assert!(pfn.with_zero().is_zero() && !pfn.with_zero().is_device());
         for marked in [pfn.with_device(), pfn.with_zero()] {

@@ -3,27 +3,120 @@
 //! Tests of `pool.rs`.
 
 use super::{
-    super::pool::{
-        DevicePool,
-        RawData, //
+    super::{
+        copy::{
+            CopyBatch,
+            CopyOp, //
+        },
+        device_pool::{
+            rust_hmm_module_going,
+            DevicePool, //
+        },
+        fault::FaultRequest,
+        hmm_range::FaultBuf,
+        migrate::MigrateBuf,
+        migrate_vma::Holes,
+        mirror::Mirror,
+        pfn::Access,
+        pool_ops::{
+            MigrateReason,
+            PoolOps,
+            RawData, //
+        },
+        range::PageRange, //
     },
     device::{
         reserve,
         Counted,
         TestDevice,
         CHUNK, //
-    }, //
+    },
+    map_aligned,
+    user_read,
+    user_write,
+    Recorder,
+    MODULE, //
 };
 use kernel::{
+    kunit::user_mm::{
+        with_user_mm,
+        Prot, //
+    },
+    new_mutex,
     prelude::*,
     sync::{
         atomic::{
             Atomic,
             Relaxed, //
         },
-        Arc, //
+        Arc,
+        ArcBorrow,
+        Mutex, //
     }, //
 };
+
+/// A stand-in for a module. It is never loaded, but has an address.
+// SAFETY: The pointer is only compared, because no mirror is created with this module.
+static LEAKY: ThisModule = unsafe { ThisModule::from_ptr((&raw const ADDRESS).cast_mut().cast()) };
+static ADDRESS: u64 = 0;
+
+/// A driver that calls the core in its callback. It fills each page that returns with ones.
+#[pin_data]
+struct Inward {
+    #[pin]
+    inside: Mutex<Option<Inside>>,
+    other: Arc<TestDevice<u64>>,
+    ops: Arc<Recorder>,
+}
+
+struct Inside {
+    mirror: Arc<Mirror>,
+    page: PageRange,
+    buf: FaultBuf,
+    moves: MigrateBuf,
+    results: Option<[Result; 5]>,
+}
+
+impl PoolOps for Inward {
+    type PageData = Arc<Unused>;
+
+    fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        for op in batch {
+            if let CopyOp::ToRam { from, mut to } = op {
+                for _ in 0..from.len() {
+                    to.write(&[1])?;
+                }
+            }
+        }
+        let mut inside = self.inside.lock();
+        if let Some(inside) = &mut *inside {
+            let req = FaultRequest::new(inside.page, Access::Read);
+            let missed = inside.mirror.read(inside.page.start(), &mut [0]).is_err();
+            inside.results = Some([
+                inside.mirror.fault(req, &mut inside.buf, |_| ()),
+                inside
+                    .mirror
+                    .migrate_to_ram(inside.page, &mut inside.moves)
+                    .map(drop),
+                Mirror::new(&MODULE, self.ops.clone()).map(drop),
+                DevicePool::new(&MODULE, c"hmm_inner", self.other.clone(), CHUNK, 1).map(drop),
+                if missed { Err(EDEADLK) } else { Ok(()) },
+            ]);
+        }
+        Ok(())
+    }
+
+    fn read(&self, _address: usize, _buf: &mut [u8]) {}
+
+    fn write(&self, _address: usize, _buf: &[u8]) {}
+
+    fn migrated_to_ram(&self, _data: ArcBorrow<'_, Unused>, _reason: MigrateReason) {}
+
+    fn page_freed(&self, _data: Arc<Unused>) {}
+}
+
+/// Page data that owns the pool of another device.
+struct Unused(#[expect(dead_code)] DevicePool<TestDevice<u64>>);
 
 fn numbers(pages: usize) -> Result<KVec<usize>> {
     Ok(KVec::from_elem(0, pages, GFP_KERNEL)?)
@@ -37,7 +130,7 @@ mod tests {
     fn sizes_that_make_no_chunks_are_einval() -> Result {
         let (device, _pool) = TestDevice::<u64>::new(1)?;
         for (pages, chunks) in [(0, 1), (CHUNK, 0), (CHUNK + 1, 1), (CHUNK, usize::MAX)] {
-            let pool = DevicePool::new(c"hmm_kunit", device.clone(), pages, chunks);
+            let pool = DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), pages, chunks);
             assert_eq!(pool.err(), Some(EINVAL));
         }
         Ok(())
@@ -83,7 +176,7 @@ mod tests {
         let mut value = u64::MAX - 2;
         let mut data = || {
             value += 1;
-            // SAFETY: The page data is a `u64`.
+            // SAFETY: The page data of `TestDevice<u64>` is a `u64`.
             unsafe { RawData::new(value) }
         };
         let first = reservation.folio(data());
@@ -114,7 +207,7 @@ mod tests {
         )?;
         let mut pfns = numbers(2)?;
         let mut reservation = reserve(pool.pool(), &mut pfns)?;
-        // SAFETY: The page data is an `Arc<Counted>`.
+        // SAFETY: The page data of this pool's driver is an `Arc<Counted>`.
         let data = unsafe { RawData::new(counted.clone()) };
         let page = reservation.folio(data);
         drop(counted);
@@ -126,6 +219,90 @@ mod tests {
         drop(reservation);
         assert_eq!(device.freed.load(Relaxed), 1);
         Ok(())
+    }
+
+    #[test]
+    fn what_a_module_has_leaked_ends_with_it() -> Result {
+        with_user_mm(|mm| {
+            let (device, pool) = TestDevice::<u64>::of_module(&LEAKY, 1)?;
+            let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
+            let page = map_aligned(mm, 1, Prot::ReadWrite)?;
+            user_write(page.start(), 7)?;
+            let mut buf = MigrateBuf::new(0)?;
+            let moved = mirror.migrate_to_device(&pool, page, Holes::Keep, &mut buf, || Ok(1))?;
+            assert_eq!(moved.pages(), 1);
+            let inner = pool.pool().clone();
+            drop(mirror);
+            core::mem::forget(pool);
+
+            // The end of another module does not end the pool.
+            // SAFETY: The pointer is not null.
+            unsafe { rust_hmm_module_going(core::ptr::without_provenance_mut(1)) };
+            assert_eq!(inner.chunks(), 1);
+            assert_eq!(inner.used_pages(), 1);
+            // SAFETY: The pointer is not null.
+            unsafe { rust_hmm_module_going(LEAKY.as_ptr()) };
+            assert_eq!(inner.chunks(), 0);
+            assert_eq!(device.home(MigrateReason::Evict), 1);
+            assert_eq!(device.freed.load(Relaxed), 1);
+            assert_eq!(user_read(page.start()), Ok(7));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_driver_that_copies_is_refused_all_that_could_wait_for_it() -> Result {
+        with_user_mm(|mm| {
+            let (other, dropped) = TestDevice::<u64>::of_module(&LEAKY, 1)?;
+            let left = dropped.pool().clone();
+            let init = pin_init!(Inward {
+                inside <- new_mutex!(None),
+                other,
+                ops: Recorder::new()?,
+            }? Error);
+            let device = Arc::pin_init(init, GFP_KERNEL)?;
+            let pool = DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), CHUNK, 1)?;
+            let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
+            let mirror = Arc::new(mirror, GFP_KERNEL)?;
+            let page = map_aligned(mm, 1, Prot::ReadWrite)?;
+            user_write(page.start(), 1)?;
+            *device.inside.lock() = Some(Inside {
+                mirror: mirror.clone(),
+                page,
+                buf: FaultBuf::new(0)?,
+                moves: MigrateBuf::new(0)?,
+                results: None,
+            });
+            let results = || {
+                let mut inside = device.inside.lock();
+                (*inside).as_mut().and_then(|inside| inside.results.take())
+            };
+
+            let mut buf = MigrateBuf::new(0)?;
+            let mut data = Some(Arc::new(Unused(dropped), GFP_KERNEL)?);
+            let mut evicted = Ok(());
+            let moved = mirror.migrate_to_device(&pool, page, Holes::Keep, &mut buf, || {
+                evicted = pool.evict();
+                data.take().ok_or(EIO)
+            })?;
+            assert_eq!(moved.pages(), 1);
+            assert_eq!(evicted, Err(EDEADLK));
+            assert_eq!(results(), Some([Err(EDEADLK); 5]));
+
+            // Eviction frees the page, which drops its data, which drops a pool in a callback.
+            pool.evict()?;
+            assert_eq!(results(), Some([Err(EDEADLK); 5]));
+            assert_eq!(user_read(page.start()), Ok(1));
+            drop(device.inside.lock().take());
+            // That pool exists until its module is unloaded.
+            let mut pfns = numbers(1)?;
+            drop(reserve(&left, &mut pfns)?);
+            assert_eq!(left.chunks(), 1);
+            // SAFETY: The pointer is not null.
+            unsafe { rust_hmm_module_going(LEAKY.as_ptr()) };
+            assert_eq!(left.chunks(), 0);
+            Ok(())
+        })
     }
 
     #[test]

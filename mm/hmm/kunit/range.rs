@@ -2,7 +2,9 @@
 
 //! Tests of `range.rs`.
 
-use super::super::range::PageRange;
+use super::super::{
+    range::PageRange, //
+};
 use kernel::{
     page::{
         PAGE_SHIFT,

@@ -2,17 +2,27 @@
 
 //! Tests of `slots.rs`.
 
-use super::super::slots::{
-    ChunkSlots,
-    Order,
-    Slots, //
+use super::super::{
+    slots::{
+        ChunkSlots,
+        Node,
+        Order,
+        Slots, //
+    }, //
 };
 use kernel::prelude::*;
 
 const BLOCK: usize = Order::MAX.pages();
 
-/// Two blocks a chunk, room for `chunks` chunks, `filled` of them there. The pfns of chunk `n`
-/// start at `(n + 1) << 20`.
+/// The node that pages come from.
+const NODE: c_int = 3;
+
+fn node() -> Result<Node> {
+    Node::new(NODE)
+}
+
+/// Slots for up to `chunks` chunks of two blocks each, `filled` of which are present. The pfns of
+/// chunk `n` start at `(n + 1) << 20`.
 fn slots(chunks: usize, filled: usize) -> Result<Slots> {
     let mut slots = Slots::new(2 * BLOCK, chunks)?;
     for chunk in 0..filled {
@@ -54,7 +64,7 @@ mod tests {
     #[test]
     fn each_page_is_given_once_and_in_ascending_order() -> Result {
         let mut slots = slots(2, 2)?;
-        // The chunk that came last first, each from its start.
+        // The last chunk is used first, each chunk from its start.
         for n in 0..4 * BLOCK {
             let page = (n + 2 * BLOCK) % (4 * BLOCK);
             assert_eq!(slots.alloc(Order::PAGE), Some(page));
@@ -98,30 +108,49 @@ mod tests {
         let mut slots = slots(1, 1)?;
         for page in 0..5 {
             assert_eq!(slots.alloc(Order::PAGE), Some(page));
-            slots.settle(page);
+            slots.mark_used(page, node()?);
         }
         slots.free(1)?;
         let pfn = |page: usize| (1 << 20) + page;
         let mut pfns = [0; 3];
-        assert_eq!(slots.oldest(&mut pfns), 3);
+        assert_eq!(slots.rotate_oldest(&mut pfns), 3);
         assert_eq!(pfns, [pfn(0), pfn(2), pfn(3)]);
-        // The freed page is used again: it is younger than those that were asked for.
+        // A page that is freed and used again is younger than the pages that were rotated.
         assert_eq!(slots.alloc(Order::PAGE), Some(1));
-        slots.settle(1);
+        slots.mark_used(1, node()?);
         let mut pfns = [0; 9];
-        assert_eq!(slots.oldest(&mut pfns), 5);
+        assert_eq!(slots.rotate_oldest(&mut pfns), 5);
         assert_eq!(pfns[..5], [pfn(4), pfn(0), pfn(2), pfn(3), pfn(1)]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_in_use_keeps_its_node_while_it_is_in_use() -> Result {
+        let mut slots = slots(1, 1)?;
+        for (page, nid) in [(0, 1), (1, 2)] {
+            assert_eq!(slots.alloc(Order::PAGE), Some(page));
+            slots.mark_used(page, Node::new(nid)?);
+        }
+        // rotate_oldest() moves the pages in the list, but keeps their nodes.
+        assert_eq!(slots.rotate_oldest(&mut [0; 1]), 1);
+        for (page, nid) in [(0, 1), (1, 2)] {
+            assert_eq!(slots.node(page).map(Node::nid), Some(nid));
+        }
+        slots.mark_unused(0);
+        slots.mark_used(0, node()?);
+        assert_eq!(slots.node(0).map(Node::nid), Some(NODE));
+        assert_eq!(Node::new(1 << 15).err(), Some(EINVAL));
         Ok(())
     }
 
     #[test]
     fn nothing_in_use_has_no_oldest() -> Result {
         let mut slots = slots(1, 1)?;
-        assert_eq!(slots.oldest(&mut [0; 2]), 0);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 0);
         assert_eq!(slots.alloc(Order::PAGE), Some(0));
-        slots.settle(0);
+        slots.mark_used(0, node()?);
         slots.free(0)?;
-        assert_eq!(slots.oldest(&mut [0; 2]), 0);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 0);
         Ok(())
     }
 
@@ -131,20 +160,20 @@ mod tests {
         for page in 0..2 {
             assert_eq!(slots.alloc(Order::PAGE), Some(page));
         }
-        assert!(!slots.is_used(0));
-        assert_eq!(slots.oldest(&mut [0; 2]), 0);
-        slots.settle(0);
-        slots.settle(1);
-        assert!(slots.is_used(0));
-        assert_eq!(slots.oldest(&mut [0; 2]), 2);
-        slots.leave(0);
-        assert!(!slots.is_used(0));
-        assert_eq!(slots.oldest(&mut [0; 2]), 1);
-        // From either it can be freed, and then it is neither.
+        assert!(slots.node(0).is_none());
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 0);
+        slots.mark_used(0, node()?);
+        slots.mark_used(1, node()?);
+        assert!(slots.node(0).is_some());
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 2);
+        slots.mark_unused(0);
+        assert!(slots.node(0).is_none());
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 1);
+        // A page can be freed whether it is marked used or unused, and is then neither.
         slots.free(0)?;
         slots.free(1)?;
-        slots.settle(1);
-        assert!(!slots.is_used(1));
+        slots.mark_used(1, node()?);
+        assert!(slots.node(1).is_none());
         assert_eq!(slots.free_pages(), 2 * BLOCK);
         Ok(())
     }
@@ -185,7 +214,7 @@ mod tests {
         for (page, _) in blocks {
             slots.free(page)?;
         }
-        // All merged again.
+        // All blocks have merged again.
         for _ in 0..PAGES / BLOCK {
             assert!(slots.alloc(Order::MAX).is_some());
         }

@@ -2,9 +2,10 @@
 
 //! User memory for KUnit tests.
 //!
-//! C header: [`include/kunit/test.h`](srctree/include/kunit/test.h) has `kunit_attach_mm()`, which
-//! keeps the address space until the test's thread ends. Here it ends with a closure, so that a
-//! test can see that end.
+//! `kunit_attach_mm()` keeps the address space until the thread of the test ends. [`with_user_mm`]
+//! destroys it when a closure returns, so that a test can check what happens then.
+//!
+//! C header: [`include/kunit/test.h`](srctree/include/kunit/test.h)
 
 use crate::{
     bindings,
@@ -28,18 +29,18 @@ use core::ptr::{
 /// `mm` has users, and it is the address space of the current task, which runs a KUnit test.
 pub struct UserMm {
     mm: NonNull<bindings::mm_struct>,
-    // The current task's address space is no other task's.
+    // The methods act on the address space of the current task, so this must stay in that task.
     _nts: NotThreadSafe,
 }
 
-/// What the memory may be used for.
+/// The protection of a mapping.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Prot {
-    /// Nothing: `PROT_NONE`.
+    /// No access: `PROT_NONE`.
     None,
-    /// Reading.
+    /// Read access: `PROT_READ`.
     Read,
-    /// Reading and writing.
+    /// Read and write access: `PROT_READ | PROT_WRITE`.
     ReadWrite,
 }
 
@@ -54,16 +55,17 @@ impl Prot {
     }
 }
 
-/// Calls `f` with the current task running on a new and empty address space, as a kernel thread
-/// does with `kthread_use_mm()`.
+/// Calls `f` while the current task uses a new and empty address space, as a kernel thread does
+/// after `kthread_use_mm()`.
 ///
-/// The address space ends with the call, unless something else has taken a reference to it. A KUnit
-/// assertion that fails in `f` ends the thread, and that drops it too.
+/// The address space is destroyed when `f` returns, unless something else holds a reference to its
+/// `mm_users`. If a KUnit assertion fails in `f`, the thread ends, which drops the reference as
+/// well.
 ///
 /// # Errors
 ///
-/// [`EINVAL`] if this is no KUnit test, [`EBUSY`] if the task has an address space already,
-/// [`ENOMEM`], and what `f` returns.
+/// [`EINVAL`] if the current task does not run a KUnit test, [`EBUSY`] if it has an address space
+/// already, [`ENOMEM`], and the errors of `f`.
 ///
 /// # Examples
 ///
@@ -90,21 +92,21 @@ pub fn with_user_mm<R: Send>(f: impl FnOnce(&UserMm) -> Result<R> + Send) -> Res
         return Err(EBUSY);
     }
 
-    // SAFETY: A KUnit test runs in a kernel thread, and it has no address space.
+    // SAFETY: The current task is the kernel thread of a KUnit test, and has no address space.
     to_result(unsafe { bindings::kunit_attach_mm() })?;
     let mm = NonNull::new(current!().mm().map_or(null_mut(), |mm| mm.as_raw())).ok_or(EINVAL)?;
 
-    // INVARIANT: `kunit_attach_mm()` made it with one user, which is given up after the call only.
-    // `in_kunit_test()` was true of this task.
+    // INVARIANT: The current task runs a KUnit test. `kunit_attach_mm()` has created the mm with
+    // one reference to `mm_users`, which is dropped below, after `f` has returned.
     let result = f(&UserMm {
         mm,
         _nts: NotThreadSafe,
     });
 
-    // SAFETY: This task uses `mm`. No `CurrentTask` that was obtained meanwhile is left: neither
-    // `f` nor its result could hold one, since it is not `Send`.
+    // SAFETY: The current task uses `mm`. No `CurrentTask` that was obtained in `f`, and could give
+    // access to `mm`, is left: it is not `Send`, so neither `f` nor its result can hold one.
     unsafe { bindings::kthread_unuse_mm(mm.as_ptr()) };
-    // SAFETY: This gives up the user that `kunit_attach_mm()` made.
+    // SAFETY: `kunit_attach_mm()` has taken the reference to `mm_users` that is dropped here.
     unsafe { bindings::mmput(mm.as_ptr()) };
 
     result
@@ -113,18 +115,18 @@ pub fn with_user_mm<R: Send>(f: impl FnOnce(&UserMm) -> Result<R> + Send) -> Res
 impl UserMm {
     /// The address space.
     pub fn mm(&self) -> &MmWithUser {
-        // SAFETY: By the type invariants it has users for as long as `self` is borrowed.
+        // SAFETY: By the type invariants, `mm_users` is not zero while `self` exists.
         unsafe { MmWithUser::from_raw(self.mm.as_ptr()) }
     }
 
     /// Maps `len` bytes of private anonymous memory and returns the address.
     pub fn mmap_anonymous(&self, len: usize, prot: Prot) -> Result<usize> {
-        // SAFETY: Without a file.
+        // SAFETY: The file is null.
         unsafe { self.mmap(null_mut(), len, prot, bindings::MAP_PRIVATE) }
     }
 
-    /// Maps `len` bytes of a new shared memory file of `size` bytes, `shared` or else private, and
-    /// returns the address.
+    /// Maps the first `len` bytes of a new shmem file of `size` bytes, with `MAP_SHARED` if
+    /// `shared` and else with `MAP_PRIVATE`, and returns the address.
     pub fn mmap_shmem(&self, len: usize, size: usize, prot: Prot, shared: bool) -> Result<usize> {
         let size = size.try_into()?;
         // SAFETY: The name is a C string.
@@ -136,9 +138,9 @@ impl UserMm {
         } else {
             bindings::MAP_PRIVATE
         };
-        // SAFETY: `file` is valid.
+        // SAFETY: `file` is valid: `shmem_kernel_file_setup()` has returned no error.
         let addr = unsafe { self.mmap(file, len, prot, flags) };
-        // SAFETY: `shmem_kernel_file_setup()` returned it with a reference, given up here.
+        // SAFETY: `shmem_kernel_file_setup()` has taken the reference that is dropped here.
         unsafe { bindings::fput(file) };
         addr
     }
@@ -160,9 +162,9 @@ impl UserMm {
         // SAFETY: Any task may call `kunit_get_current_test()`.
         let test = unsafe { bindings::kunit_get_current_test() };
         let (prot, flags) = (prot.as_raw(), flags as usize);
-        // SAFETY: `kunit_vm_mmap()` wants the test that the current task runs, which is `test` by
-        // the type invariants of `UserMm`, and a valid file or none, which `file` is (see the
-        // `# Safety` section).
+        // SAFETY: `kunit_vm_mmap()` requires the test that the current task runs, which is `test`
+        // because the task runs a KUnit test by the type invariants, and a file that is valid or
+        // null, which the caller guarantees (see the `# Safety` section).
         match unsafe { bindings::kunit_vm_mmap(test, file, 0, len, prot, flags, 0) } {
             0 => Err(ENOMEM),
             addr => Ok(addr),
@@ -171,7 +173,7 @@ impl UserMm {
 
     /// Unmaps `len` bytes at `addr`.
     pub fn munmap(&self, addr: usize, len: usize) -> Result {
-        // SAFETY: The current task has an address space, by the type invariants.
+        // SAFETY: By the type invariants, the current task has an address space.
         to_result(unsafe { bindings::vm_munmap(addr, len) })
     }
 }

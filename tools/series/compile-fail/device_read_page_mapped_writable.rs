@@ -5,13 +5,13 @@
 
 #![forbid(unsafe_code)]
 
-use hmm::{Commit, Device, Entry, WritePage};
+use hmm::{Commit, DevicePage, Entry, WritePage};
 
 fn map_writable(_page: &WritePage<'_>) {}
 
 pub fn map(commit: &Commit<'_>) {
     for (_, entry) in commit.entries() {
-        if let Entry::Device(Device::Read(page)) = entry {
+        if let Entry::Device(DevicePage::Read(page)) = entry {
             map_writable(&page);
         }
     }

@@ -4,9 +4,9 @@
 #![forbid(unsafe_code)]
 
 use hmm::{
-    Access, Commit, CopyBatch, CopyOp, Device, DevicePool, Entry, ExclusivePage, FaultBuf,
+    Access, Commit, CopyBatch, CopyOp, DevicePage, DevicePool, Entry, ExclusivePage, FaultBuf,
     FaultRequest, Holes, Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror,
-    MirrorOps, PageRange, PoolOps, Ram, WritePage,
+    MirrorOps, PageRange, PoolOps, RamPage, WritePage,
 };
 use kernel::{prelude::*, sync::Arc};
 
@@ -30,8 +30,8 @@ pub fn fault(mirror: &Mirror, buf: &mut FaultBuf, range: PageRange) -> Result<us
             commit
                 .entries()
                 .filter_map(|(_, entry)| match entry {
-                    Entry::Ram(Ram::Write(page)) => Some(map_writable(&page)),
-                    Entry::Device(Device::Write(page)) => Some(map_writable(&page)),
+                    Entry::Ram(RamPage::Write(page)) => Some(map_writable(&page)),
+                    Entry::Device(DevicePage::Write(page)) => Some(map_writable(&page)),
                     _ => None,
                 })
                 .count()
@@ -67,7 +67,7 @@ impl PoolOps for Vram {
 }
 
 pub fn open_with_memory(module: &'static ThisModule) -> Result<(DevicePool<Vram>, Mirror)> {
-    let pool = DevicePool::new(c"vram", Arc::new(Vram, GFP_KERNEL)?, 512, 1)?;
+    let pool = DevicePool::new(module, c"vram", Arc::new(Vram, GFP_KERNEL)?, 512, 1)?;
     let mirror = Mirror::new_with_pool(module, Arc::new(Ops, GFP_KERNEL)?, &pool)?;
     Ok((pool, mirror))
 }

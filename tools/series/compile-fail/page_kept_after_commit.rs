@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use hmm::{Access, Entry, FaultBuf, FaultRequest, Mirror, PageRange, Ram, WritePage};
+use hmm::{Access, Entry, FaultBuf, FaultRequest, Mirror, PageRange, RamPage, WritePage};
 use kernel::prelude::*;
 
 pub fn fault<'a>(
@@ -15,7 +15,7 @@ pub fn fault<'a>(
 ) -> Result<Option<WritePage<'a>>> {
     mirror.fault(FaultRequest::new(range, Access::Write), buf, |commit| {
         commit.entries().find_map(|(_, entry)| match entry {
-            Entry::Ram(Ram::Write(page)) => Some(page),
+            Entry::Ram(RamPage::Write(page)) => Some(page),
             _ => None,
         })
     })

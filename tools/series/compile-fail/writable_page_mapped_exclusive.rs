@@ -5,13 +5,13 @@
 
 #![forbid(unsafe_code)]
 
-use hmm::{Commit, Entry, ExclusivePage, Ram};
+use hmm::{Commit, Entry, ExclusivePage, RamPage};
 
 fn map_exclusive(_page: &ExclusivePage<'_>) {}
 
 pub fn map(commit: &Commit<'_>) {
     for (_, entry) in commit.entries() {
-        if let Entry::Ram(Ram::Write(page)) = entry {
+        if let Entry::Ram(RamPage::Write(page)) = entry {
             map_exclusive(&page);
         }
     }

@@ -22,7 +22,7 @@ mod tests {
     const BASE: usize = 16 * PAGE_SIZE;
     const PAGES: usize = 8;
 
-    /// Some pages of memory, each with the access that does not miss.
+    /// Some pages of memory, each with the access that it allows.
     struct Fake {
         bytes: KVec<u8>,
         pages: [Option<Access>; PAGES],
@@ -69,7 +69,7 @@ mod tests {
             }
         }
 
-        /// Maps the page that a fault names, in the way that it names.
+        /// Maps the page of `fault` for the access of `fault`.
         fn serve(&mut self, fault: Fault) {
             if let Some(page) = self.pages.get_mut((fault.va - BASE) / PAGE_SIZE) {
                 *page = Some(fault.access);

@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * fork() with pages on the device, and device writes after it: each process keeps the
- * bytes that copy-on-write promises it, whoever writes, by whatever, and wherever the
- * pages are.
+ * fork() with pages on the device, and device writes after it. Copy-on-write
+ * has to keep the bytes of each process apart, whether a CPU or a device
+ * writes, and wherever the pages are.
  *
- * The test process gives orders to the other ones, and knows what the memory of each is
- * to hold. After each step all bytes of all processes are looked at through the device,
- * and at the end by the CPU too: which takes the pages home.
+ * The test process sends orders to the other processes, and knows the bytes
+ * that the memory of each must have. After each step all bytes of all processes
+ * are checked through the device; at the end also by the CPU, which migrates
+ * the pages back to system memory.
  */
 #include <sys/prctl.h>
 
 #include "dmirror_user.h"
 
-/* Two and a half of the blocks that a CPU fault brings home. */
+/* Two and a half of the blocks of 16 pages that a CPU fault migrates. */
 #define PAGES		40
 #define PROCESSES	4
 
 enum { PARENT, CHILD, GRANDCHILD, SECOND = GRANDCHILD, THIRD };
 
 enum order {
-	/* The last one writes one byte of a page. */
+	/* CPU_TOUCH writes one byte of a page. */
 	CPU_READ, CPU_WRITE, CPU_TOUCH,
 	DEVICE_READ, DEVICE_WRITE,
 	TO_DEVICE, TO_SYSTEM, LOOK,
@@ -27,7 +28,10 @@ enum order {
 	FORK, REAP, EXIT,
 };
 
-/* For every step-th page from the first one on; or for one of the processes. */
+/*
+ * An order for every step-th page from first on, or (FORK, REAP) for process
+ * who.
+ */
 struct message {
 	enum order order;
 	size_t first, step;
@@ -36,7 +40,7 @@ struct message {
 
 enum touch { NOT, READS, WRITES };
 
-/* Which CPU touches every step-th page, and how. */
+/* How a CPU touches every step-th page. */
 struct toucher {
 	enum touch how;
 	size_t step;
@@ -44,17 +48,17 @@ struct toucher {
 
 FIXTURE_VARIANT(dmirror_fork)
 {
-	size_t pages;				/* or as many as most */
+	size_t pages;				/* 0: the default */
 	unsigned int childs_node;
-	struct toucher before, parent, child;	/* before the fork; and then, before any write */
-	bool cpus, back;			/* after a step: all CPUs look; the pages go back */
+	struct toucher before, parent, child;	/* before and after fork() */
+	bool cpus, back;			/* after a step: CPUs read; pages go back */
 };
 
 struct process {
-	uint8_t *image;		/* what its memory is to hold; and where device writes come from */
-	uint8_t *seen;		/* what it, or its device, has found there */
+	uint8_t *image;		/* expected contents; source of device writes */
+	uint8_t *seen;		/* what the process or its device has read */
 	unsigned int node;
-	bool lives;		/* and has the memory */
+	bool lives;		/* and has the memory mapped */
 	int order[2], reply[2];	/* pipes */
 };
 
@@ -63,10 +67,10 @@ FIXTURE(dmirror_fork)
 	uint8_t *p;
 	size_t pages, length;
 	struct process processes[PROCESSES];
-	uint64_t serial;	/* of the bytes that are written */
+	uint64_t serial;	/* makes the bytes of each write different */
 	unsigned long trouble;
 
-	/* What each process has of its own. */
+	/* These differ between the processes. */
 	int me, fd;
 	pid_t pid[PROCESSES];
 };
@@ -143,7 +147,7 @@ FIXTURE_VARIANT_ADD(dmirror_fork, two_pages_one_read)
 #define FORKED	FIXTURE_DATA(dmirror_fork)
 #define VARIANT	FIXTURE_VARIANT(dmirror_fork)
 
-/* One command for consecutive pages, or else one for each. */
+/* Runs one command if the pages are consecutive, else one for each page. */
 static int command(FORKED *self, unsigned long request, const struct message *m, uint8_t *bytes)
 {
 	size_t pages = m->step == 1 ? self->pages - m->first : 1;
@@ -193,7 +197,7 @@ static void serve(FORKED *self, int who)
 	int reply;
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	/* The node of another process is of no use. */
+	/* The parent's file cannot be used by this process. */
 	close(self->fd);
 	self->fd = -1;
 	self->me = who;
@@ -267,7 +271,7 @@ static int command_to(FORKED *self, int who, struct message m)
 
 static const char *const name_of[] = { "parent", "child", "second", "third" };
 
-/* All bytes that a process has are those that it is to have. */
+/* Checks all bytes of a process. */
 static void expect_bytes(struct __test_metadata *_metadata, FORKED *self, int who,
 			 enum order order)
 {
@@ -293,7 +297,7 @@ static void expect_all(struct __test_metadata *_metadata, FORKED *self, enum ord
 	}
 }
 
-/* After a step. */
+/* The checks after each step. */
 static void expect_step(struct __test_metadata *_metadata, FORKED *self, const VARIANT *variant)
 {
 	expect_all(_metadata, self, DEVICE_READ);
@@ -305,7 +309,7 @@ static void expect_step(struct __test_metadata *_metadata, FORKED *self, const V
 	}
 }
 
-/* New bytes, those of this write and page alone: a step. */
+/* A step: writes bytes that no other write and no other page has. */
 static void writes(struct __test_metadata *_metadata, FORKED *self, const VARIANT *variant,
 		   int who, enum order order, size_t first, size_t step)
 {
@@ -350,7 +354,7 @@ static size_t pages_on_device(struct __test_metadata *_metadata, FORKED *self, i
 	return count;
 }
 
-/* A process forks. The new one has its bytes. */
+/* A process forks. The child must have the same bytes. */
 static void forks(struct __test_metadata *_metadata, FORKED *self, int who, int child)
 {
 	memcpy(self->processes[child].image, self->processes[who].image, self->length);
@@ -397,7 +401,9 @@ FIXTURE_SETUP(dmirror_fork)
 	for (int i = 0; i < PROCESSES; i++) {
 		struct process *process = &self->processes[i];
 
-		/* Shared memory, which no process has a copy of and which does not move. */
+		/*
+		 * Shared memory is not copied by fork() and does not migrate.
+		 */
 		process->image = mmap(NULL, 2 * self->length, PROT_READ | PROT_WRITE,
 				      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 		ASSERT_NE(MAP_FAILED, process->image);
@@ -407,7 +413,10 @@ FIXTURE_SETUP(dmirror_fork)
 	}
 	signal(SIGPIPE, SIG_IGN);
 
-	/* What only the device's memory has: RAM had other bytes. */
+	/*
+	 * The current bytes are only in device memory. System memory had other
+	 * ones.
+	 */
 	self->p = map(self->length, PROT_READ | PROT_WRITE);
 	ASSERT_NE(MAP_FAILED, self->p);
 	CPU_WRITES(PARENT);
@@ -417,7 +426,7 @@ FIXTURE_SETUP(dmirror_fork)
 	touch(_metadata, self, PARENT, &variant->before);
 }
 
-/* At the end: the device where the pages are, the CPUs, and the device where they are then. */
+/* Final checks: by the device, by the CPUs, and by the device after that. */
 FIXTURE_TEARDOWN(dmirror_fork)
 {
 	if (!_metadata->exit_code) {
@@ -438,9 +447,15 @@ TEST_F(dmirror_fork, pages_stay_on_the_device)
 	const bool touched = variant->before.how || variant->parent.how || variant->child.how;
 
 	FORKS_FIRST();
-	/* Both have the same ones, so that it is copy-on-write of those which is tested here. */
+	/*
+	 * Make sure that both processes share the device pages, to test their
+	 * copy-on-write.
+	 */
 	for (int who = PARENT; who <= CHILD && !touched; who++) {
-		/* Another node would take them home. */
+		/*
+		 * A fault by the other node would migrate them to system
+		 * memory.
+		 */
 		if (self->processes[who].node)
 			continue;
 		EXPECT_EQ(self->pages, pages_on_device(_metadata, self, who));
@@ -486,7 +501,10 @@ TEST_F(dmirror_fork, device_writes_to_some_pages)
 TEST_F(dmirror_fork, device_reads_see_what_was_there)
 {
 	FORKS_FIRST();
-	/* The device has the pages mapped in both, when a CPU writes in one. */
+	/*
+	 * The device has the pages of both processes mapped before a CPU
+	 * writes.
+	 */
 	EXPECT_STEP();
 	WRITES_SOME(CHILD, CPU_WRITE, 0, 2);
 	WRITES_SOME(PARENT, CPU_WRITE, 1, 2);
@@ -503,7 +521,7 @@ TEST_F(dmirror_fork, device_and_cpu_write_in_turn)
 	DEVICE_WRITES(PARENT);
 }
 
-/* A page that two processes have is moved from under both. */
+/* A page that two processes share migrates. */
 TEST_F(dmirror_fork, pages_move_between_writes)
 {
 	FORKS_FIRST();
@@ -572,7 +590,7 @@ TEST_F(dmirror_fork, device_writes_in_a_grandchild)
 	DEVICE_WRITES(CHILD);
 }
 
-/* Pages of three processes: the last one to have them writes to them. */
+/* Pages are shared by three processes. The last one that has them writes. */
 TEST_F(dmirror_fork, device_write_in_the_last_of_three)
 {
 	FORKS_FIRST();

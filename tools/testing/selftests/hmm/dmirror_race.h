@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What dmirror_race_test knows of the bytes that its threads write and read.
+ * How dmirror_race_test checks the bytes that its threads write and read.
  *
- * A write takes a ticket of its page, a number, and writes bytes that tell page, place and
- * ticket. So each byte that somebody reads says which write it is of: one that was under
- * way at some time during the read, or the last one before; or else the byte is torn, lost,
- * late or foreign.
+ * Each page counts its writes. A write takes the next number, its ticket, and
+ * writes bytes that depend on the page, the offset and the ticket. So each byte
+ * that is read tells which write it comes from. That must be a write which was
+ * in progress at some time during the read, or the last one before it. Any
+ * other byte is stale, lost, or from another page.
  */
 #ifndef DMIRROR_RACE_H
 #define DMIRROR_RACE_H
@@ -21,12 +22,15 @@
 #define MOST	16		/* pages of one command */
 #define THREADS	32
 
-/* The first pages have one writer each: pairs with the same bytes, and others. */
+/*
+ * The pages below SINGLE form pairs with the same bytes, which KSM merges. They
+ * and the pages below SHARED have one writer each.
+ */
 #define SINGLE	4
-#define SHARED	16		/* the first one that has many writers, and that is dropped */
-#define WILD	48		/* the first one that is unmapped, or not readable, at times */
+#define SHARED	16		/* and above: many writers, MADV_DONTNEED */
+#define WILD	48		/* and above: unmapped or PROT_NONE at times */
 
-/* What is done beside what is always done. */
+/* The optional parts of a test. */
 enum {
 	DROP = 1,
 	UNMAP = 2,
@@ -41,10 +45,10 @@ struct thread {
 	unsigned int node;
 	pthread_t thread;
 	uint64_t seed, turns, count, busy, vague;
-	uint8_t *bytes;		/* those of a command */
+	uint8_t *bytes;		/* the buffer of a command */
 };
 
-/* A turn says whether it did what it is for. */
+/* turn() returns whether it has done what the role is for. */
 struct role {
 	const char *name;
 	bool (*turn)(struct thread *t);
@@ -55,18 +59,20 @@ struct role {
 struct book {
 	pthread_mutex_t lock;
 	uint64_t last;		/* ticket */
-	uint64_t floor;		/* what has an older ticket was overwritten */
-	uint64_t dropped;	/* when zeroes came last */
+	uint64_t floor;		/* writes with older tickets were overwritten */
+	uint64_t dropped;	/* ticket of last MADV_DONTNEED or munmap() */
 	uint64_t pending[THREADS];
-	const char *writer[256];	/* for who reads of a failure */
+	const char *writer[256];	/* for failure messages */
 };
 
-/* What a read may see: tickets, and zeroes if they came in this time. */
+/*
+ * The tickets that a read may see; also zeroes if the page was dropped since.
+ */
 struct window {
 	uint64_t from, to, dropped;
 };
 
-/* Forked processes see it too. */
+/* Shared with forked processes. */
 static struct shared {
 	struct book books[PAGES];
 	bool stop, failed;
@@ -97,7 +103,7 @@ static inline void stop(void)
 	__atomic_store_n(&shared->stop, true, __ATOMIC_RELEASE);
 }
 
-/* The first failure is told, and ends the test. */
+/* Records the first failure and ends the test. */
 static bool __printf(2, 3) fail(struct thread *t, const char *format, ...)
 {
 	const size_t size = sizeof(shared->failure);
@@ -119,7 +125,10 @@ static inline size_t below(struct thread *t, size_t n)
 	return cpu_random(&t->seed) % n;
 }
 
-/* A write begins: its ticket, and the oldest one that a write under way may have. */
+/*
+ * Begins a write. Returns its ticket, and the oldest ticket of a write in
+ * progress.
+ */
 static inline uint64_t begin(struct thread *t, size_t i, uint64_t *oldest, bool drop)
 {
 	struct book *book = &shared->books[i];
@@ -142,7 +151,10 @@ static inline uint64_t begin(struct thread *t, size_t i, uint64_t *oldest, bool 
 	return ticket;
 }
 
-/* A write ends. One of a whole page has overwritten all that had ended before it began. */
+/*
+ * Ends a write. A write to the whole page replaces all that ended before it
+ * began.
+ */
 static inline void end(struct thread *t, size_t i, uint64_t oldest, bool whole)
 {
 	struct book *book = &shared->books[i];
@@ -155,7 +167,7 @@ static inline void end(struct thread *t, size_t i, uint64_t oldest, bool whole)
 	pthread_mutex_unlock(&book->lock);
 }
 
-/* Before a read, and after it. */
+/* Call opened() before a read and closed() after it. */
 static inline void opened(struct window *window, size_t i)
 {
 	window->from = __atomic_load_n(&shared->books[i].floor, __ATOMIC_SEQ_CST);
@@ -175,7 +187,7 @@ static inline void fill(uint8_t *bytes, size_t i, uint64_t ticket)
 		bytes[j] = pattern[i * page + j] + ticket;
 }
 
-/* The page that eight bytes of this place are of, with any ticket, or -1. */
+/* The page that wrote these eight bytes at offset j, with any ticket, or -1. */
 static inline int page_of(const uint8_t *bytes, size_t j)
 {
 	for (size_t i = 0; i < PAGES; i++) {
@@ -190,7 +202,7 @@ static inline int page_of(const uint8_t *bytes, size_t j)
 	return -1;
 }
 
-/* Whether all bytes of a page are of writes in the window. */
+/* Whether all bytes of a page come from writes in the window. */
 static inline bool check(struct thread *t, size_t i, const uint8_t *bytes,
 			 const struct window *window, const char *how)
 {
@@ -201,7 +213,10 @@ static inline bool check(struct thread *t, size_t i, const uint8_t *bytes,
 	char hint[160];
 	int8_t age;
 
-	/* A byte counts to 256. */
+	/*
+	 * A byte holds the ticket modulo 256: a larger window cannot be
+	 * checked.
+	 */
 	if (to - from > 200) {
 		t->vague++;
 		return true;
@@ -227,7 +242,7 @@ static inline bool check(struct thread *t, size_t i, const uint8_t *bytes,
 		    bad - 1, bytes[first], expected, hint);
 }
 
-/* Whether an error tells of what another thread has done to the pages. */
+/* Whether the error is explained by what another thread does to the pages. */
 static inline bool is_expected(unsigned long request, int err, bool wild)
 {
 	const bool protect = parts & PROTECT;
@@ -275,7 +290,7 @@ static inline int command(struct thread *t, unsigned long request, size_t i, siz
 	return err;
 }
 
-/* One that gives the bytes back. */
+/* A command that returns the bytes, which are checked. */
 static inline bool command_reads(struct thread *t, unsigned long request, size_t i, size_t n)
 {
 	struct window windows[MOST];
@@ -291,7 +306,7 @@ static inline bool command_reads(struct thread *t, unsigned long request, size_t
 	return ok;
 }
 
-/* The CPU's own access, which may fault. */
+/* CPU accesses, which may raise SIGSEGV or SIGBUS. */
 static __thread sigjmp_buf escape;
 static __thread bool guarded;
 
@@ -299,7 +314,7 @@ static inline void on_fault(int sig)
 {
 	if (guarded)
 		siglongjmp(escape, 1);
-	/* Somebody else's: again, and that is the end. */
+	/* Not one of these accesses: let the signal kill the process. */
 	signal(sig, SIG_DFL);
 }
 

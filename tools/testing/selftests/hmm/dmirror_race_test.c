@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Threads on the same few pages: the devices of two nodes read, write and migrate them,
- * while CPUs access, unmap, protect, drop, merge and fork them. The bytes that anybody sees
- * are those of dmirror_race.h, and the kernel has nothing to say.
+ * Threads race for the same few pages: the devices of two nodes read, write and
+ * migrate them, while CPUs access, unmap, protect, drop, merge and fork them.
+ * dmirror_race.h checks the bytes that each of them reads. The kernel must not
+ * warn.
  *
- * DMIRROR_SECONDS in the environment says how long all tests take together; or else 5.
+ * DMIRROR_SECONDS in the environment is the time for all tests together, 5 by
+ * default.
  */
 #include <sys/prctl.h>
 
@@ -12,7 +14,7 @@
 
 #define KSM	"/sys/kernel/mm/ksm/"
 
-/* A write by the only writer of a page, again and again if it is protected. */
+/* A write by the only writer of a page. Retries while the page is protected. */
 static bool writes_own(struct thread *t, size_t i, bool device)
 {
 	uint64_t oldest;
@@ -43,13 +45,15 @@ static void moves_own(struct thread *t, size_t i)
 		command_reads(t, HMM_DMIRROR_EXCLUSIVE, i, 1);
 }
 
-/* Both see the last bytes written: the window of the only writer has nothing else. */
+/*
+ * CPU and device must see the last write, since the page has no other writer.
+ */
 static bool reads_own(struct thread *t, size_t i, bool device)
 {
 	return device ? command_reads(t, HMM_DMIRROR_READ, i, 1) : cpu_reads_page(t, i);
 }
 
-/* Keeps account of its pages: each write is there for CPU and device, wherever the page is. */
+/* Writes to pages that only it writes to, moves them, and checks each write. */
 static bool ledger(struct thread *t)
 {
 	const size_t n = (SHARED - SINGLE) / NODES;
@@ -107,7 +111,9 @@ static bool cpu_reads(struct thread *t)
 	return cpu_reads_page(t, below(t, PAGES));
 }
 
-/* What may be merged does not migrate, and has to be alone for a while. */
+/*
+ * Usually skips the pages for KSM, which merges only pages that do not change.
+ */
 static size_t first_to_move(struct thread *t, size_t n)
 {
 	size_t first = below(t, 16) ? SINGLE : 0;
@@ -183,7 +189,10 @@ static bool drops(struct thread *t)
 	err = madvise(at(i), n * page, MADV_DONTNEED) ? errno : 0;
 	for (size_t j = 0; j < n; j++)
 		end(t, i + j, oldest[j], !err);
-	/* What is mapped of the range is dropped all the same. */
+	/*
+	 * On ENOMEM, the pages of the range that are mapped were dropped
+	 * nevertheless.
+	 */
 	if (err && (err != ENOMEM || !is_wild(i + n - 1)))
 		fail(t, "madvise of page %zu: %s", i, strerror(err));
 	return !err;
@@ -201,7 +210,7 @@ static bool unmaps(struct thread *t)
 	if (below(t, 2)) {
 		ok = !munmap(at(i), n * page);
 		sched_yield();
-		/* Nobody else maps anything there. */
+		/* No other thread maps memory there. */
 		flags |= MAP_FIXED_NOREPLACE;
 	}
 	ok = ok && mmap(at(i), n * page, PROT_READ | PROT_WRITE, flags, -1, 0) == at(i);
@@ -219,7 +228,7 @@ static bool protects(struct thread *t)
 	if (mprotect(at(i), n * page, prot) && (errno != ENOMEM || !wild))
 		fail(t, "page %zu: %s", i, strerror(errno));
 	usleep(below(t, 100));
-	/* One by one: there may be holes. */
+	/* Page by page, since there may be holes. */
 	for (size_t j = i; j < i + n; j++) {
 		if (mprotect(at(j), page, PROT_READ | PROT_WRITE) && (errno != ENOMEM || !wild))
 			fail(t, "page %zu: %s", j, strerror(errno));
@@ -229,7 +238,7 @@ static bool protects(struct thread *t)
 
 static int pagemap = -1;
 
-/* Where a page is in RAM, or 0. */
+/* The frame of a page in system memory, or 0. */
 static uint64_t frame(size_t i)
 {
 	uint64_t entry;
@@ -261,7 +270,9 @@ static bool merges(struct thread *t)
 	return merged;
 }
 
-/* Whether a page of a forked process is what it has seen there first. */
+/*
+ * Whether a page of a forked process still has the bytes that it had at first.
+ */
 static bool is_frozen(struct thread *t, size_t i, bool device)
 {
 	int err = device ? dmirror(nodes[t->node], HMM_DMIRROR_READ, at(i), 1, t->bytes) : 0;
@@ -291,7 +302,10 @@ static bool writes_frozen(struct thread *t, size_t i, bool device)
 	return !err || fail(t, "WRITE of page %zu: %s", i, strerror(-err));
 }
 
-/* A forked process has the bytes of that time, and then those that it writes itself. */
+/*
+ * A forked process keeps the bytes of the time of fork(), until it writes
+ * itself.
+ */
 static bool forked(struct thread *t, struct window *windows)
 {
 	bool here[PAGES];
@@ -303,7 +317,10 @@ static bool forked(struct thread *t, struct window *windows)
 		return fail(t, "%s", strerror(-nodes[t->node]));
 	for (size_t i = 0; i < PAGES; i++) {
 		closed(&windows[i], i);
-		/* What was protected is not any more; and what was not there, is not. */
+		/*
+		 * Undo the protection. This fails for pages that are not
+		 * mapped.
+		 */
 		here[i] = !mprotect(at(i), page, PROT_READ | PROT_WRITE);
 		if (!here[i] && !is_wild(i))
 			return fail(t, "page %zu: %s", i, strerror(errno));
@@ -344,7 +361,7 @@ static bool forks(struct thread *t)
 	return true;
 }
 
-/* Each is one thread, and rests between turns: for so many microseconds, on the average. */
+/* One thread for each. It rests between turns: up to this many microseconds. */
 static const struct role roles[] = {
 	{ "ledger, node 0", ledger, 0, 0, 0 },
 	{ "ledger, node 1", ledger, 1, 0, 0 },
@@ -384,7 +401,10 @@ static void *role_thread(void *arg)
 			__atomic_add_fetch(&t->count, 1, __ATOMIC_RELAXED);
 		rest = rest ? below(t, rest) : 0;
 		until = microseconds() + rest;
-		/* A kernel may have no timer for short times. */
+		/*
+		 * The kernel may have no high-resolution timer: spin for a
+		 * short rest.
+		 */
 		if (rest > 10000)
 			usleep(rest);
 		do {
@@ -394,7 +414,7 @@ static void *role_thread(void *arg)
 	return NULL;
 }
 
-/* What the tests change for all, and the teardown changes back. */
+/* System-wide settings, which the teardown restores. */
 static struct setting {
 	const char *path, *value;
 	char old[24];
@@ -405,7 +425,7 @@ static struct setting {
 	{ .path = KSM "run", .value = "1" },
 };
 
-/* Writes a number to a small file that there may be, and says what was there before. */
+/* Writes a number to a file, if there is one, and returns the old contents. */
 static bool sets(const char *path, const char *value, char old[24])
 {
 	int fd = open(path, O_RDWR | O_CLOEXEC);
@@ -425,7 +445,7 @@ FIXTURE(dmirror_race)
 	struct thread threads[ROLES];
 };
 
-/* What is done, and how much of the time is for that. */
+/* The parts of the test, and its share of the time. */
 FIXTURE_VARIANT(dmirror_race)
 {
 	unsigned int parts, percent;
@@ -473,7 +493,7 @@ static unsigned int seconds(void)
 	return said && atoi(said) > 0 ? atoi(said) : 5;
 }
 
-/* How long a test may take until each role has done something, and to end. */
+/* Seconds until each role must have done something, and to end. */
 #define GRACE	60
 
 FIXTURE_SETUP(dmirror_race)
@@ -537,7 +557,7 @@ FIXTURE_TEARDOWN(dmirror_race)
 	EXPECT_EQ(self->trouble, kernel_trouble());
 }
 
-/* Whether a thread has this role in a test. */
+/* Whether the test has a thread with this role. */
 static bool is_played(const struct role *role)
 {
 	return !role->part || role->part & parts;
@@ -585,7 +605,7 @@ TEST_F_TIMEOUT(dmirror_race, no_byte_is_torn_lost_late_or_foreign, seconds() + 3
 		if (is_played(&roles[i]))
 			EXPECT_LT(0, t[i].count) TH_LOG("%s: nothing done", roles[i].name);
 	}
-	/* All is quiet: what was written last is there. */
+	/* All other threads have ended: the pages hold the last write. */
 	for (size_t i = 0; i < PAGES; i++)
 		command_reads(&t[i % 2], HMM_DMIRROR_READ, i, 1);
 	for (size_t i = 0; i < PAGES; i++)

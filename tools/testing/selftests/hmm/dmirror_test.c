@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What mainline's hmm-tests do not ask of the ioctls of the HMM test driver: bad input, and
- * memory that is not to be had.
+ * Tests of the ioctls of the HMM test driver that hmm-tests does not have: bad
+ * input, and allocation failures.
  */
 #include "dmirror_user.h"
 
@@ -207,7 +207,10 @@ TEST_F(dmirror, without_memory_there_migrations_are_enodev)
 	EXPECT_EQ(self->length, cpu_unlike(self->p, 0x11, self->length));
 }
 
-/* One page finds no memory, once, and only for the file that asked so. */
+/*
+ * FLAGS makes one allocation fail, once, and only for the file that asked for
+ * it.
+ */
 TEST_F(dmirror, a_page_that_finds_no_memory_stays_in_ram)
 {
 	if (!has_memory(self->fd, self->p, self->bytes))
@@ -228,7 +231,7 @@ TEST_F(dmirror, a_page_that_finds_no_memory_stays_in_ram)
 	EXPECT_EQ(self->length, cpu_unlike(self->p, 0x11, self->length));
 }
 
-/* READ and WRITE take as much memory as a process has, and not as the device has. */
+/* READ and WRITE are not limited by the size of the device memory. */
 TEST_F_TIMEOUT(dmirror, more_than_the_device_has_is_written_and_read, 120)
 {
 	const size_t length = 66UL << 20, pages = length / page;
@@ -261,7 +264,7 @@ TEST_F(dmirror, exclusive_access_ends_with_the_cpu_s_touch)
 	}
 	EXPECT_EQ(0, dmirror(self->fd, HMM_DMIRROR_CHECK_EXCLUSIVE, self->p, PAGES, NULL));
 
-	/* What the device writes meanwhile is there afterwards. */
+	/* What the device writes to the pages in system memory stays there. */
 	memset(self->bytes, 0x22, self->length);
 	ASSERT_EQ(0, dmirror(self->fd, HMM_DMIRROR_EXCLUSIVE, self->p, PAGES, self->bytes));
 	memset(self->bytes, 0x22, self->length);
@@ -299,6 +302,25 @@ TEST_F(dmirror, a_snapshot_goes_over_what_is_not_there)
 	EXPECT_TRUE(seen[0] & HMM_DMIRROR_PROT_WRITE);
 	EXPECT_TRUE(seen[pages - 1] & HMM_DMIRROR_PROT_WRITE);
 	EXPECT_EQ(pages - 2, cpu_unlike(seen + 1, HMM_DMIRROR_PROT_ERROR, pages - 2));
+}
+
+/* The kernel cannot reach it, so neither can a device. */
+TEST_F(dmirror, a_snapshot_reports_secret_memory_as_an_error)
+{
+	uint8_t *secret, seen = 0;
+	int fd = syscall(SYS_memfd_secret, 0);
+
+	if (fd < 0)
+		SKIP(return, "memfd_secret: %s", strerror(errno));
+	ASSERT_EQ(0, ftruncate(fd, page));
+	secret = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	ASSERT_NE(MAP_FAILED, secret);
+	*secret = 1;
+	ASSERT_EQ(0, dmirror(self->fd, HMM_DMIRROR_SNAPSHOT, secret, 1, &seen));
+	EXPECT_EQ(HMM_DMIRROR_PROT_ERROR, seen);
+	EXPECT_EQ(1, *secret);
+	munmap(secret, page);
+	close(fd);
 }
 
 TEST_HARNESS_MAIN

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the tests of the dmirror nodes share. Two drivers have these nodes: dummy_gpu,
- * and lib/test_hmm.c, whose ioctls they are.
+ * Shared by the tests of the dmirror nodes. Two drivers provide these nodes:
+ * lib/test_hmm.c, which defines the ioctls, and dummy_gpu.
  */
 #ifndef DMIRROR_USER_H
 #define DMIRROR_USER_H
@@ -20,7 +20,10 @@ static inline int dmirror_open(unsigned int node)
 	return gpu_open(path);
 }
 
-/* One command on pages from p on, whose bytes come from or go to ptr: 0 or a negative errno. */
+/*
+ * Runs a command on pages from p on, with ptr as its buffer. 0 or a negative
+ * errno.
+ */
 static inline int dmirror(int fd, unsigned long request, const void *p, size_t pages, void *ptr)
 {
 	struct hmm_dmirror_cmd cmd = { .addr = gpu_addr(p), .ptr = gpu_addr(ptr), .npages = pages };
@@ -44,7 +47,7 @@ static inline int dmirror(int fd, unsigned long request, const void *p, size_t p
 	return 0;
 }
 
-/* What a snapshot says of a page in the memory of the node that it is asked of. */
+/* Whether a snapshot reports the page in the memory of the same node. */
 static inline bool dmirror_is_local(uint8_t seen)
 {
 	return (seen & 0xf0) == HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL;

@@ -2,8 +2,8 @@
 /*
  * A demonstration of the dummy GPU: it computes on a mapped file and on arrays
  * of this process, through the pointers that the CPU uses, while the CPU keeps
- * using them. The CPU computes everything too, and compares. The arrays are
- * larger than the device's own memory: what is there at a time changes.
+ * using them. The CPU computes the same and compares the results. The arrays
+ * together are larger than device memory, so pages are evicted all the time.
  *
  * Exit status: 0 if all results are equal and pages moved as they should, 1 if
  * not, 2 if the demonstration cannot be run.
@@ -30,7 +30,7 @@ static struct dummy_gpu_info info;
 static int differences;
 static int misplacements;
 
-/* What a step costs, or all of them. */
+/* The cost of one step, or of all steps. */
 struct cost {
 	uint64_t bytes;
 	uint64_t faults;
@@ -43,7 +43,7 @@ struct cost {
 
 static struct cost total;
 
-/* Says what differs: a result, or the first element of one. */
+/* Prints a result, or the first element of a result, that differs. */
 static void compare(const char *what, uint64_t result, uint64_t expect)
 {
 	if (result == expect)
@@ -53,7 +53,7 @@ static void compare(const char *what, uint64_t result, uint64_t expect)
 	differences++;
 }
 
-/* Says what is not where it should be. */
+/* Prints what is not where it should be. */
 static void expect_placed(bool placed, const char *what)
 {
 	if (placed)
@@ -80,7 +80,9 @@ static struct dummy_gpu_stats stats_now(void)
 	return stats;
 }
 
-/* The counters at the end of the step before: what the CPU does, counts too. */
+/*
+ * The counters at the end of the previous step. CPU faults of a step count too.
+ */
 static struct dummy_gpu_stats before;
 
 /* Runs the command of a step. Returns how long it took. */
@@ -122,7 +124,10 @@ static void print_row(const char *step, const struct cost *c)
 	fflush(stdout);
 }
 
-/* Ends a step. Returns what it cost: with what the CPU touched to prepare and to compare. */
+/*
+ * Ends a step and returns its cost, including the CPU faults of preparing and
+ * comparing.
+ */
 static struct cost row(const char *step, uint64_t bytes, double gpu_ms, double cpu_start)
 {
 	double cpu_ms = now_ms() - cpu_start;
@@ -132,7 +137,7 @@ static struct cost row(const char *step, uint64_t bytes, double gpu_ms, double c
 		.faults = after.faults - before.faults,
 		.to_device = after.pages_to_device - before.pages_to_device,
 		.evicted = after.pages_evicted - before.pages_evicted,
-		.touched = after.pages_touched - before.pages_touched,
+		.touched = after.pages_cpu_faulted - before.pages_cpu_faulted,
 		.gpu_ms = gpu_ms,
 		.cpu_ms = cpu_ms,
 	};
@@ -268,7 +273,7 @@ static void array_steps(void)
 	cpu_randomize(a, ARRAY_LENGTH, 1);
 	cpu_randomize(b, ARRAY_LENGTH, 2);
 
-	/* Nobody has touched c: its pages come into being for the GPU. */
+	/* Nothing has touched c, so the GPU fault populates its pages. */
 	add_step("c = a + b, c untouched", c, a, b);
 	sum_step("sum of c", c);
 
@@ -289,13 +294,16 @@ static void array_steps(void)
 	add_step("c = a + b, b mapped anew", c, a, b);
 	sum_step("sum of c", c);
 
-	/* What is still on the device would be evicted by what comes next. */
+	/*
+	 * Free the device memory, or the next steps would have to evict these
+	 * pages.
+	 */
 	munmap(a, ARRAY_LENGTH);
 	munmap(b, ARRAY_LENGTH);
 	munmap(c, ARRAY_LENGTH);
 }
 
-/* An array that is to stay in RAM. */
+/* An array whose policy keeps it in system memory. */
 static void policy_step(void)
 {
 	uint8_t *p = map_array(NULL);
@@ -310,10 +318,10 @@ static void policy_step(void)
 	munmap(p, ARRAY_LENGTH);
 }
 
-/* Moves an array. Returns the pages per second. */
-static double prefetch(const char *to, const void *p, size_t length, enum dummy_gpu_place place)
+/* Migrates an array and returns the rate in pages per second. */
+static double prefetch(const char *to, const void *p, size_t length, enum dummy_gpu_location location)
 {
-	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, place);
+	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, location);
 	double start = now_ms();
 	int ret = gpu_prefetch(gpu, &prefetch);
 	double end = now_ms();
@@ -325,7 +333,7 @@ static double prefetch(const char *to, const void *p, size_t length, enum dummy_
 	return prefetch.pages / ((end - start) / 1e3);
 }
 
-/* Memory that is on the device takes no RAM: there must be more that is free. */
+/* Pages on the device occupy no system memory, so more of it must be free. */
 static void prefetch_step(void)
 {
 	size_t length = info.vram_size < PREFETCH_LENGTH ? info.vram_size : PREFETCH_LENGTH;
@@ -336,9 +344,9 @@ static void prefetch_step(void)
 	crc = cpu_crc32(p, length);
 
 	free_before = cpu_free_memory();
-	to_device = prefetch("the device", p, length, DUMMY_GPU_PLACE_DEVICE);
+	to_device = prefetch("the device", p, length, DUMMY_GPU_LOCATION_DEVICE);
 	free_after = cpu_free_memory();
-	to_system = prefetch("RAM", p, length, DUMMY_GPU_PLACE_SYSTEM);
+	to_system = prefetch("RAM", p, length, DUMMY_GPU_LOCATION_SYSTEM);
 	if (!free_before || !free_after)
 		errx(2, "no MemFree in /proc/meminfo");
 
@@ -362,14 +370,14 @@ static void summary(void)
 	       (unsigned long long)stats.invalidations,
 	       (unsigned long long)stats.invalidated_pages, (unsigned long long)stats.retries,
 	       (unsigned long long)stats.pages_to_device,
-	       (unsigned long long)stats.pages_evicted, (unsigned long long)stats.pages_touched,
+	       (unsigned long long)stats.pages_evicted, (unsigned long long)stats.pages_cpu_faulted,
 	       (unsigned long long)stats.pages_to_system);
 	if (!info.vram_size)
 		return;
 	expect_placed(stats.pages_to_device >= info.vram_size / info.page_size,
 		      "fewer pages moved to the device than it has room for");
 	expect_placed(stats.pages_evicted, "no page was evicted");
-	expect_placed(stats.pages_touched, "no page came back when the CPU touched it");
+	expect_placed(stats.pages_cpu_faulted, "no page came back when the CPU touched it");
 }
 
 static int usage(int status)

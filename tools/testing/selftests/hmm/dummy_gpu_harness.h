@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the tests of the dummy GPU share, beside what all its programs do.
+ * Shared by the tests of the dummy GPU. dummy_gpu_user.h has what the demo
+ * needs as well.
  */
 #ifndef DUMMY_GPU_HARNESS_H
 #define DUMMY_GPU_HARNESS_H
@@ -59,7 +60,7 @@ static inline struct dummy_gpu_stats stats_of(struct __test_metadata *_metadata,
 	return stats;
 }
 
-/* Nothing ran since, and no page has moved. What mm invalidates is its own affair. */
+/* Expects that no command ran and no page moved. Invalidations do not count. */
 static inline void expect_idle(struct __test_metadata *_metadata, int fd,
 			       const struct dummy_gpu_stats *before)
 {
@@ -69,10 +70,10 @@ static inline void expect_idle(struct __test_metadata *_metadata, int fd,
 	EXPECT_EQ(before->bytes_read, now.bytes_read);
 	EXPECT_EQ(before->bytes_written, now.bytes_written);
 	EXPECT_EQ(before->faults, now.faults);
-	EXPECT_EQ(before->windows, now.windows);
+	EXPECT_EQ(before->fault_batches, now.fault_batches);
 	EXPECT_EQ(before->retries, now.retries);
 	EXPECT_EQ(before->pages_to_device, now.pages_to_device);
-	EXPECT_EQ(before->pages_touched, now.pages_touched);
+	EXPECT_EQ(before->pages_cpu_faulted, now.pages_cpu_faulted);
 	EXPECT_EQ(before->pages_evicted, now.pages_evicted);
 	EXPECT_EQ(before->pages_to_system, now.pages_to_system);
 	EXPECT_EQ(before->device_pages, now.device_pages);
@@ -89,7 +90,7 @@ static inline void *map_at(void *where, size_t length)
 		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 }
 
-/* A file of the given length that is gone when it is closed. */
+/* A file of the given length that is deleted when it is closed. */
 static inline int temporary_file(size_t length)
 {
 	char path[] = "/tmp/dummy_gpu_test.XXXXXX";
@@ -163,11 +164,11 @@ static inline void setup_vram(struct __test_metadata *_metadata, int *fd, size_t
 	*size = info.vram_size;
 	if (!info.vram_size)
 		SKIP(return, GPU_DEVICE " has no memory of its own");
-	/* Less than this, and the tests would test eviction only. */
+	/* With less memory, the tests would only test eviction. */
 	ASSERT_LE(8UL << 20, *size);
 }
 
-/* A read and a write of the CPU that happen. */
+/* CPU accesses that the compiler does not optimize away. */
 static inline uint8_t cpu_load(const uint8_t *p)
 {
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
@@ -179,9 +180,9 @@ static inline void cpu_store(uint8_t *p, uint8_t value)
 }
 
 /* Prefetches all of a range: the pages that moved, or a negative errno. */
-static inline int64_t prefetch_all(int fd, const void *p, size_t length, enum dummy_gpu_place place)
+static inline int64_t prefetch_all(int fd, const void *p, size_t length, enum dummy_gpu_location location)
 {
-	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, place);
+	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, location);
 	int err = gpu_prefetch(fd, &prefetch);
 
 	if (err)
@@ -219,7 +220,10 @@ static inline int64_t instance_pages(void)
 	return instance_pages_of(0);
 }
 
-/* Whether the instance gets to have that many pages, once all that has ended is gone. */
+/*
+ * Waits for ended processes to be gone. Whether the instance then has that many
+ * pages.
+ */
 static inline bool instance_pages_become(int64_t pages)
 {
 	struct timespec tick = { .tv_nsec = 10 * 1000 * 1000 };
@@ -249,10 +253,10 @@ static inline int uffd_register(int fd, void *p, size_t length)
 	return 0;
 }
 
-/* One who serves a userfaultfd, once. */
+/* A thread that serves one fault of a userfaultfd. */
 struct server {
 	int uffd;
-	uint8_t *page;		/* what the first fault gets, or NULL: nothing */
+	uint8_t *page;		/* for the first fault, or NULL: never answer */
 	int pipe;		/* told about the fault */
 	uint64_t address;
 	int err;
@@ -284,9 +288,10 @@ static inline void *serve_thread(void *arg)
 }
 
 /*
- * User-Mode Linux changes the mappings of a thread that runs on another CPU when
- * that enters the kernel next: until then it writes to a page that has moved. All
- * threads have one CPU there; the device may have the other.
+ * User-Mode Linux updates the mappings of a thread on another CPU only when
+ * that CPU next enters the kernel. Until then the thread may write to a page
+ * that has moved. So bind all threads to one CPU there; the device may use the
+ * other one.
  */
 static inline void share_cpu_of_uml(void)
 {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Tests of the dummy GPU over the life of what it works with: processes that end,
- * fork and change their memory, files and modules that go, and all others in the
- * kernel who have a word on a page that is on the device.
+ * Tests of the dummy GPU when other things change under it: processes that
+ * exit, fork or change their memory, files that are closed, the module that is
+ * removed, and other parts of the kernel that access pages on the device.
  *
- * Each scenario runs many times, at moments that differ. Each time the bytes are
- * those that the CPU and the device are to see; at the end no page is left over.
+ * Each scenario runs many times with different timing. Each time the CPU and
+ * the device must see the right bytes, and at the end no page may be left on
+ * the device.
  */
 #include <linux/elf.h>
 #include <linux/io_uring.h>
@@ -20,7 +21,10 @@
 
 #include "dummy_gpu_harness.h"
 
-/* How often each is done, unless the environment says otherwise: a kernel with checkers is slow. */
+/*
+ * Repetitions of each scenario. DUMMY_GPU_ROUNDS sets it, for kernels with slow
+ * checkers.
+ */
 #define ROUNDS	rounds()
 
 static int rounds(void)
@@ -30,7 +34,10 @@ static int rounds(void)
 	return said && atoi(said) > 0 ? atoi(said) : 100;
 }
 
-/* The pages of most memory: two and a half of the blocks that a CPU fault brings home. */
+/*
+ * The size of most memory: two and a half of the blocks of 16 pages that a CPU
+ * fault migrates.
+ */
 #define PAGES	40
 
 /* The pages on both devices now, or less than 0. */
@@ -50,7 +57,7 @@ static bool device_pages_become(int64_t pages)
 	return device_pages() == pages;
 }
 
-/* A small file of the kernel: the number that it starts with. */
+/* The number at the start of a sysfs, procfs or cgroup file. */
 static long long number_in(const char *path)
 {
 	FILE *f = fopen(path, "re");
@@ -74,7 +81,7 @@ static bool write_to(const char *path, const char *text)
 	return ok;
 }
 
-/* What a test changes for all and the teardown changes back. */
+/* A system-wide setting that a test changes and the teardown restores. */
 struct setting {
 	const char *path;
 	char old[200];
@@ -98,20 +105,23 @@ FIXTURE(life)
 	size_t size;
 	uint64_t *result;
 	size_t length;
-	uint8_t *expect;	/* what the memory of the test is to hold */
+	uint8_t *expect;	/* expected contents of the memory */
 	uint8_t *copy;
 	uint64_t seed;
 	int64_t pages;		/* on the devices at the start */
 	struct setting settings[3];
-	const char *module;	/* the file, once it was removed */
-	char cgroups[40];	/* where they were mounted for a test */
-	bool controller;	/* which has made memory one there */
+	const char *module;	/* its file, if it was unloaded */
+	char cgroups[40];	/* where a hierarchy is mounted */
+	bool controller;	/* "memory" was enabled there */
 	pid_t grouped;		/* a child that is in a cgroup there */
 };
 
 #define LIFE	FIXTURE_DATA(life)
 
-/* Killed for its time, a test would leave behind what it has set for all. */
+/*
+ * A test that is killed on timeout does not restore its settings: give it more
+ * time.
+ */
 #define TEST_F_SETS(name)	TEST_F_TIMEOUT(life, name, 30 + 5 * ROUNDS)
 
 static int module_remove(void)
@@ -200,7 +210,7 @@ FIXTURE_TEARDOWN(life)
 	}
 }
 
-/* The end that a process has of its two pipes to another. */
+/* The ends of the two pipes to another process. */
 struct other {
 	pid_t pid;
 	int in, out;
@@ -255,7 +265,7 @@ static void nap(uint64_t *seed, unsigned int most)
 	usleep(cpu_random(seed) % most);
 }
 
-/* New memory, in the device's memory if a file is given, and what it is to hold. */
+/* New memory with random contents, in device memory if a file is given. */
 static uint8_t *map_random(int fd, uint8_t *expect, size_t length, uint64_t seed)
 {
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
@@ -264,7 +274,7 @@ static uint8_t *map_random(int fd, uint8_t *expect, size_t length, uint64_t seed
 		return NULL;
 	cpu_randomize(expect, length, seed);
 	memcpy(p, expect, length);
-	if (fd >= 0 && prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE) != length / page)
+	if (fd >= 0 && prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_DEVICE) != length / page)
 		return NULL;
 	return p;
 }
@@ -279,7 +289,9 @@ static int check_by_device(int fd, uint64_t *result, const void *p, const void *
 	return err;
 }
 
-/* Whether both the CPU and the device see what is to be seen, in either order. */
+/*
+ * Whether the CPU and the device, in either order, see the expected contents.
+ */
 static int check(int fd, uint64_t *result, const void *p, const void *expect, size_t length,
 		 bool device_first)
 {
@@ -301,7 +313,10 @@ static int check(int fd, uint64_t *result, const void *p, const void *expect, si
 			TH_LOG("round %d", __r);			\
 	} while (0)
 
-/* Killed at any moment of its commands. Its parent has the memory that it had. */
+/*
+ * A process is killed at any time during its commands. The parent shares its
+ * memory.
+ */
 TEST_F(life, killed_in_command)
 {
 	uint8_t *shared = mmap(NULL, self->length, PROT_READ | PROT_WRITE,
@@ -334,7 +349,9 @@ TEST_F(life, killed_in_command)
 		ASSERT_EQ(0, kill(pid, SIGKILL));
 		EXPECT_TRUE(was_killed(ended(&other), SIGKILL));
 
-		/* The last command ended somewhere, and writes nothing any more. */
+		/*
+		 * The last command was cut short, and must not write any more.
+		 */
 		memcpy(self->copy, shared, self->length);
 		n = cpu_unlike(self->copy, self->copy[0], self->length);
 		EXPECT_EQ(self->length - n, cpu_unlike(self->copy + n, self->copy[0] - 1,
@@ -347,7 +364,7 @@ TEST_F(life, killed_in_command)
 	munmap(shared, self->length);
 }
 
-/* A child whose command waits for ever for its last page. */
+/* A child whose command waits forever for its last page. */
 static int stuck_child(struct other *other, uint8_t *p, size_t length)
 {
 	struct server server = { .uffd = uffd_open(), .pipe = other->out };
@@ -380,7 +397,7 @@ TEST_F(life, killed_in_fault)
 		ASSERT_EQ(space, mremap(p, self->length, self->length,
 					MREMAP_MAYMOVE | MREMAP_FIXED, space));
 		p = space;
-		ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
 		if (!pid)
@@ -395,7 +412,7 @@ TEST_F(life, killed_in_fault)
 	}
 }
 
-/* Commands on one piece of memory that a thread runs again and again. */
+/* A thread that runs the same command again and again. */
 struct worker {
 	int fd;
 	struct dummy_gpu_command command;
@@ -430,7 +447,7 @@ static unsigned long worker_attempts(struct worker *w)
 	return __atomic_load_n(&w->attempts, __ATOMIC_ACQUIRE);
 }
 
-/* Waits until a command that was not there yet has ended. */
+/* Waits until a command that starts after this call has ended. */
 static bool worker_goes_on(struct worker *w)
 {
 	unsigned long start = worker_attempts(w);
@@ -470,7 +487,10 @@ TEST_F(life, exit)
 			};
 			uint8_t *q = map_random(w.fd, self->copy, self->length, ~round);
 
-			/* Some of it the parent's too, some not; with a thread, and without. */
+			/*
+			 * Some pages are shared with the parent; some rounds
+			 * have a thread.
+			 */
 			if (!q || (round % 3 && run(w.fd, w.command)))
 				_exit(1);
 			if (round % 2 && worker_start(&w))
@@ -490,8 +510,9 @@ TEST_F(life, exit)
 }
 
 /*
- * Two processes with one memory, as copies of each other's or shared. Each does what
- * comes, in turns or both at the same time; what each is to see, both know.
+ * Two processes with copies of the same memory, or with shared memory. They do
+ * random actions, in turns or at the same time. Both derive the actions of each
+ * other from the same seed, and so know the expected contents.
  */
 #define SIDE_PAGES	24
 #define SIDE_ACTIONS	24
@@ -505,7 +526,10 @@ struct side {
 	struct other other;
 };
 
-/* Does what the seed says at p, as in the model; or, if it is not this side's, only there. */
+/*
+ * Does the action of this seed in the model and, if it is this side's action,
+ * in the memory.
+ */
 static int act(struct side *s, bool mine, size_t start, size_t length, uint64_t seed)
 {
 	uint64_t what = cpu_random(&seed), value = cpu_random(&seed) & 0xff;
@@ -527,7 +551,7 @@ static int act(struct side *s, bool mine, size_t start, size_t length, uint64_t 
 		memset(model + at, value, n);
 		return mine ? run(fd, gpu_fill(p + at, value, n)) : 0;
 	case 2:
-		/* From the one half to the other, or back. */
+		/* Copy from one half to the other. */
 		at %= half;
 		n = 1 + n % (half - at);
 		from = value & 1 ? at + half : at;
@@ -546,7 +570,7 @@ static int act(struct side *s, bool mine, size_t start, size_t length, uint64_t 
 		if (!mine)
 			return 0;
 		moved = prefetch_all(fd, p + first, pages, what % 8 == 6 ?
-				     DUMMY_GPU_PLACE_DEVICE : DUMMY_GPU_PLACE_SYSTEM);
+				     DUMMY_GPU_LOCATION_DEVICE : DUMMY_GPU_LOCATION_SYSTEM);
 		return moved < 0 ? moved : 0;
 	}
 }
@@ -561,7 +585,10 @@ static int play(struct side *s, unsigned int round)
 		uint64_t seed = (uint64_t)round << 32 | i;
 		int who = turns ? cpu_random(&seed) & 1 : i & 1;
 
-		/* At the same time each writes to its half of what they share. */
+		/*
+		 * If they run at the same time, each writes to its half of
+		 * shared memory.
+		 */
 		if (who == s->me || s->shared)
 			err = act(s, who == s->me, parts ? who * length / 2 : 0,
 				  parts ? length / 2 : length, seed);
@@ -602,7 +629,7 @@ static void any_order(struct __test_metadata *_metadata, LIFE *self,
 		ASSERT_NE(MAP_FAILED, s.p);
 		cpu_randomize(s.model, length, ~round);
 		memcpy(s.p, s.model, length);
-		ASSERT_LE(0, prefetch_all(self->fd, s.p, length, DUMMY_GPU_PLACE_DEVICE));
+		ASSERT_LE(0, prefetch_all(self->fd, s.p, length, DUMMY_GPU_LOCATION_DEVICE));
 		if (!s.shared)
 			ASSERT_EQ(SIDE_PAGES, stats_of(_metadata, self->fd).device_pages);
 		pid = spawn(&s.other);
@@ -639,7 +666,9 @@ TEST_F(life, shared_two_devices)
 	any_order(_metadata, self, true, true);
 }
 
-/* The first byte that none of two arrays has at its place, or length. */
+/*
+ * The offset of the first byte that is in neither of the two arrays, or length.
+ */
 static size_t neither(const uint8_t *p, const uint8_t *a, const uint8_t *b, size_t length)
 {
 	size_t i;
@@ -653,7 +682,7 @@ static size_t neither(const uint8_t *p, const uint8_t *a, const uint8_t *b, size
 	return i;
 }
 
-/* Memory that a worker copies to: until then it holds zeroes. */
+/* Starts a worker that copies to new memory, which holds zeroes at first. */
 static uint8_t *start_copying(struct __test_metadata *_metadata, LIFE *self,
 			      struct worker *w, uint8_t **src)
 {
@@ -669,7 +698,10 @@ static uint8_t *start_copying(struct __test_metadata *_metadata, LIFE *self,
 	return p;
 }
 
-/* Ends it, and has a last one put the bytes of the source there. */
+/*
+ * Ends the worker, and copies once more: the memory must have the bytes of the
+ * source.
+ */
 static void end_copying(struct __test_metadata *_metadata, LIFE *self,
 			struct worker *w, uint8_t *p, uint8_t *src)
 {
@@ -682,7 +714,7 @@ static void end_copying(struct __test_metadata *_metadata, LIFE *self,
 	munmap(src, self->length);
 }
 
-/* Any pages of the test's memory. */
+/* A random range of pages of the test's memory. */
 static size_t any_pages(uint64_t *seed, size_t *first)
 {
 	*first = cpu_random(seed) % PAGES * page;
@@ -729,7 +761,7 @@ TEST_F(life, discard_under_command)
 	end_copying(_metadata, self, &w, p, src);
 }
 
-/* What has moved away is out of reach of the command. */
+/* A command must not reach memory that mremap() has moved away. */
 TEST_F(life, mremap_under_command)
 {
 	struct worker w = { .allowed = { -EFAULT } };
@@ -747,12 +779,12 @@ TEST_F(life, mremap_under_command)
 		EXPECT_TRUE(worker_goes_on(&w));
 		EXPECT_EQ(0, check(self->fd, self->result, q, now, self->length, round & 1));
 
-		/* Other bytes come back. */
+		/* The memory comes back with other contents. */
 		cpu_randomize(self->copy, self->length, round);
 		memcpy(q, self->copy, self->length);
 		if (round & 2)
 			EXPECT_LT(0, prefetch_all(self->fd, q, self->length,
-						  DUMMY_GPU_PLACE_DEVICE));
+						  DUMMY_GPU_LOCATION_DEVICE));
 		ASSERT_EQ(p, mremap(q, self->length, self->length,
 				    MREMAP_MAYMOVE | MREMAP_FIXED, p));
 	}
@@ -762,7 +794,7 @@ TEST_F(life, mremap_under_command)
 	free(now);
 }
 
-/* What is read-only does not change. */
+/* A command must not change read-only memory. */
 TEST_F(life, mprotect_under_command)
 {
 	struct worker w = { .allowed = { -EPERM, -EFAULT } };
@@ -793,7 +825,10 @@ TEST_F(life, mprotect_under_command)
 	free(now);
 }
 
-/* A child has what there was at the moment of fork(), whatever the command does then. */
+/*
+ * A child has the contents at the time of fork(). The command does not change
+ * them.
+ */
 TEST_F(life, fork_under_command)
 {
 	uint8_t *p = map_random(self->fd, self->expect, self->length, 1);
@@ -826,7 +861,10 @@ TEST_F(life, fork_under_command)
 	munmap(p, self->length);
 }
 
-/* Files are closed, pages stay: those of the process itself, and another's. */
+/*
+ * Pages stay on the device when the file is closed, by this process or by a
+ * child.
+ */
 TEST_F(life, file_closed)
 {
 	struct other other;
@@ -843,7 +881,10 @@ TEST_F(life, file_closed)
 		if (!pid) {
 			if (!p || tell(&other) || hear(&other))
 				_exit(1);
-			/* Its own file may be open still, or another; or only the CPU looks. */
+			/*
+			 * The child keeps its file, opens another, or checks by
+			 * the CPU only.
+			 */
 			if (round & 1)
 				close(self->fd);
 			if (round & 2)
@@ -876,10 +917,10 @@ TEST_F(life, file_closed)
 	self->fd = -1;
 }
 
-/* One who has the memory p but not that of the opener gets nothing done. */
+/* A process that has p mapped, but did not open the file, cannot use it. */
 static int refused(int fd, uint8_t *p)
 {
-	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, page, DUMMY_GPU_PLACE_SYSTEM);
+	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, page, DUMMY_GPU_LOCATION_SYSTEM);
 
 	if (run(fd, gpu_fill(p, 0x77, page)) != -EPERM)
 		return 1;
@@ -909,7 +950,10 @@ TEST_F(life, file_passed_on)
 				_exit(1);
 			for (size_t i = 0; i < page; i++)
 				self->copy[i] ^= self->expect[i];
-			/* Its own child inherits the file and, as copies, the pages. */
+			/*
+			 * A grandchild inherits the file and copies of the
+			 * pages.
+			 */
 			if (!spawn(&third))
 				_exit(refused(fd, q) ||
 				      cpu_differs(q, self->copy, self->length) != self->length);
@@ -929,7 +973,10 @@ TEST_F(life, file_passed_on)
 		EXPECT_EQ(0, refused(fd, p));
 		EXPECT_EQ(0, tell(&other));
 		EXPECT_EQ(0, ended(&other)) TH_LOG("round %d", round);
-		/* The opener is gone: its pages too, with the file still open. */
+		/*
+		 * The opener has exited. Its pages are freed although the file
+		 * is still open.
+		 */
 		if (self->pages >= 0)
 			EXPECT_GE(self->pages + PAGES, device_pages());
 		EXPECT_EQ(0, refused(fd, p));
@@ -941,7 +988,9 @@ TEST_F(life, file_passed_on)
 	}
 }
 
-/* Direct I/O: the pages come home for it, and it is in them that the bytes are. */
+/*
+ * Direct I/O migrates the pages to system memory, and transfers their contents.
+ */
 TEST_F(life, direct_io)
 {
 	int disk = open("/dev/ram0", O_RDWR | O_DIRECT | O_EXCL | O_CLOEXEC);
@@ -957,7 +1006,7 @@ TEST_F(life, direct_io)
 
 		ASSERT_NE(NULL, p);
 		EXPECT_EQ(n, pwrite(disk, p + first, n, 0));
-		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		/* To another place. */
 		EXPECT_EQ(n, pread(disk, p + to, n, 0));
 		memmove(self->expect + to, self->expect + first, n);
@@ -991,7 +1040,7 @@ static int accessed_child(LIFE *self, struct other *other, uint8_t *p)
 	for (int round = 0; round < ROUNDS && !err; round++) {
 		cpu_randomize(self->expect, self->length, round);
 		memcpy(p, self->expect, self->length);
-		err = prefetch_all(fd, p, self->length, DUMMY_GPU_PLACE_DEVICE) != PAGES;
+		err = prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE) != PAGES;
 		if (!err)
 			err = tell(other) || hear(other);
 		for (size_t at = round * 8; at < self->length; at += page)
@@ -1097,7 +1146,10 @@ static int uring_transfer(struct uring *u, int opcode, int file, void *p, size_t
 	return res;
 }
 
-/* Pages that are pinned come home and stay; whoever pinned them sees what the device does. */
+/*
+ * Pages that are pinned migrate to system memory and stay. Device writes reach
+ * them.
+ */
 TEST_F(life, pinned_for_long)
 {
 	int file = temporary_file(self->length), err;
@@ -1115,12 +1167,15 @@ TEST_F(life, pinned_for_long)
 		ASSERT_NE(NULL, p);
 		ASSERT_EQ(0, syscall(__NR_io_uring_register, u.fd, IORING_REGISTER_BUFFERS,
 				     &buffer, 1)) TH_LOG("%s", strerror(errno));
-		EXPECT_EQ(0, prefetch_all(self->fd, p + first, n, DUMMY_GPU_PLACE_DEVICE));
-		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_EQ(0, prefetch_all(self->fd, p + first, n, DUMMY_GPU_LOCATION_DEVICE));
+		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		EXPECT_EQ(PAGES - n / page, stats_of(_metadata, self->fd).device_pages);
 		EXPECT_SEEN(p, round);
 
-		/* The device writes, the file gets it; and the other way round. */
+		/*
+		 * What the device writes reaches the file through io_uring, and
+		 * vice versa.
+		 */
 		EXPECT_EQ(0, run(self->fd, gpu_fill(p, round, self->length)));
 		EXPECT_EQ(n, uring_transfer(&u, IORING_OP_WRITE_FIXED, file, p + first, n));
 		EXPECT_EQ(n, pread(file, self->copy, n, 0));
@@ -1138,7 +1193,7 @@ TEST_F(life, pinned_for_long)
 			if (stats_of(_metadata, self->fd).device_pages == PAGES)
 				break;
 			EXPECT_LE(0, prefetch_all(self->fd, p, self->length,
-						  DUMMY_GPU_PLACE_DEVICE));
+						  DUMMY_GPU_LOCATION_DEVICE));
 			usleep(i ? 1000 : 0);
 		}
 		EXPECT_EQ(PAGES, stats_of(_metadata, self->fd).device_pages);
@@ -1151,7 +1206,7 @@ TEST_F(life, pinned_for_long)
 	close(file);
 }
 
-/* Whether the core in a file has these bytes at an address. */
+/* Whether the core dump in a file has these bytes at an address. */
 static bool core_has(int file, uint64_t address, const void *expect, void *copy, size_t length)
 {
 	struct elf64_hdr ehdr;
@@ -1173,7 +1228,7 @@ static bool core_has(int file, uint64_t address, const void *expect, void *copy,
 	return false;
 }
 
-/* A core dump has what is on the device. */
+/* A core dump contains the pages that are on the device. */
 TEST_F_SETS(core_dump)
 {
 	const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
@@ -1199,10 +1254,13 @@ TEST_F_SETS(core_dump)
 		if (!pid) {
 			int fd = gpu_open(GPU_DEVICE);
 
-			/* A half is the child's own; the rest is its parent's too. */
+			/*
+			 * The child writes to one half; the other is shared
+			 * with its parent.
+			 */
 			memcpy(p, self->expect, self->length / 2);
 			if (fd < 0 || prefetch_all(fd, p, self->length / 2,
-						   DUMMY_GPU_PLACE_DEVICE) < 0)
+						   DUMMY_GPU_LOCATION_DEVICE) < 0)
 				_exit(1);
 			if (check_by_device(fd, self->result, p, self->expect, self->length))
 				_exit(2);
@@ -1225,7 +1283,10 @@ TEST_F_SETS(core_dump)
 
 #define KSM	"/sys/kernel/mm/ksm/"
 
-/* From nothing that is shared, which 2 does, to that many pages more. */
+/*
+ * Writing 2 to run unmerges all pages. Then wait until KSM shares that many
+ * pages.
+ */
 static bool ksm_shares(long long pages)
 {
 	long long now = -1, before;
@@ -1242,7 +1303,7 @@ static bool ksm_shares(long long pages)
 	return now >= before + pages;
 }
 
-/* Three copies of the same bytes are one: until somebody writes to one of them. */
+/* KSM merges three equal pages into one until one of them is written. */
 TEST_F_SETS(merged_by_ksm)
 {
 	const size_t pages = 8, part = pages * page, length = 3 * part;
@@ -1269,7 +1330,7 @@ TEST_F_SETS(merged_by_ksm)
 					   round & 2));
 		if (round & 4)
 			EXPECT_LE(0, prefetch_all(self->fd, p + mine * part, part,
-						  DUMMY_GPU_PLACE_DEVICE));
+						  DUMMY_GPU_LOCATION_DEVICE));
 		EXPECT_EQ(0, run(self->fd, gpu_fill(p + mine * part + at, round, n)));
 		memset(self->expect + mine * part + at, round, n);
 		EXPECT_EQ(0, check(self->fd, self->result, p, self->expect, length, round & 8));
@@ -1281,12 +1342,12 @@ TEST_F_SETS(merged_by_ksm)
 }
 
 /*
- * The memory cgroup. A page that migrates takes its charge along; a page of zeroes
- * that is made on the device is charged as one in RAM is. Each CPU may keep charges
- * for 64 pages in stock, and that many changes of a statistic to itself:
- * twice for what is taken from each other.
+ * The memory cgroup. A page keeps its charge when it migrates, and a
+ * zero-filled page on the device is charged like a page of system memory. Each
+ * CPU may hold back charges for 64 pages and as many changes of a statistic, so
+ * a difference of two readings may be off by twice that.
  */
-/* In pages: what is charged, and what of it is anonymous memory. */
+/* Returns the charge, and the anonymous memory in it, in pages. */
 static void charges(const char *group, int64_t charge[2])
 {
 	long long value = -1;
@@ -1306,7 +1367,7 @@ static void charges(const char *group, int64_t charge[2])
 	charge[1] = value / (int64_t)page;
 }
 
-/* Has its memory where the parent wants it. */
+/* Moves its memory and waits for the parent to read the charges. */
 static int charged_child(struct other *other, size_t length)
 {
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
@@ -1314,16 +1375,18 @@ static int charged_child(struct other *other, size_t length)
 	int64_t pages = length / page;
 
 	for (int round = 0; round < ROUNDS + 1 && !err; round++) {
-		/* Half of the rounds: RAM first. */
+		/*
+		 * Every other round allocates the pages in system memory first.
+		 */
 		if (round & 1)
 			memset(p, round, length);
 		else
-			err = prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE) != pages;
+			err = prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_DEVICE) != pages;
 		err = err || tell(other) || hear(other);
-		err = err || (round & 1 && prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE) !=
+		err = err || (round & 1 && prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_DEVICE) !=
 					   pages);
 		err = err || run(fd, gpu_fill(p, round, length)) || tell(other) || hear(other);
-		err = err || prefetch_all(fd, p, length, DUMMY_GPU_PLACE_SYSTEM) != pages;
+		err = err || prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_SYSTEM) != pages;
 		err = err || tell(other) || hear(other);
 		err = err || cpu_unlike(p, round, length) != length;
 		err = err || madvise(p, length, MADV_DONTNEED) || tell(other) || hear(other);
@@ -1352,14 +1415,19 @@ static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
 	ASSERT_TRUE(write_to(path, number));
 	ASSERT_EQ(0, tell(&other));
 	for (int i = 0; i < 4 * (ROUNDS + 1); i++) {
-		/* There, on the device, in RAM; and then there is nothing. */
+		/*
+		 * Allocated, on the device, in system memory, and then freed.
+		 */
 		int64_t expect = i % 4 == 3 ? 0 : pages;
 
 		ASSERT_EQ(0, hear(&other)) TH_LOG("round %d", i / 4);
 		charges(group, now);
 		ASSERT_LE(0, now[0]);
 		ASSERT_LE(0, now[1]);
-		/* The first time also takes what the kernel needs for itself, and keeps. */
+		/*
+		 * The first round also charges kernel memory, which stays
+		 * charged.
+		 */
 		if (i < 4)
 			memcpy(start, now, sizeof(now));
 		for (int j = 0; j < 2 && i >= 4; j++) {
@@ -1404,7 +1472,10 @@ TEST_F_SETS(charge)
 	EXPECT_EQ(0, rmdir(path)) TH_LOG("%s", strerror(errno));
 }
 
-/* Whether a cgroup gets to be frozen. The freezer looks at each task once per write. */
+/*
+ * Whether the cgroup reaches the state. The freezer checks the tasks once per
+ * write.
+ */
 static bool freezes(const char *state)
 {
 	for (int i = 0; i < 300; i++) {
@@ -1417,7 +1488,10 @@ static bool freezes(const char *state)
 	return false;
 }
 
-/* Whether the GPU reads memory for anybody within some time; without debugfs, as expected. */
+/*
+ * Whether the GPU reads memory within some time. Without debugfs, returns
+ * expect.
+ */
 static bool gpu_reads(bool expect)
 {
 	int64_t before = instance_counter(0, "bytes_read");
@@ -1451,7 +1525,7 @@ TEST_F(life, frozen_in_command)
 	snprintf(group, sizeof(group), "%s/dummy_gpu_test", self->cgroups);
 	ASSERT_EQ(0, mkdir(group, 0700));
 
-	/* More work than the test has time for. */
+	/* More work than can be done during the test. */
 	for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
 		commands[i] = gpu_unary(DUMMY_GPU_OP_CRC32, &self->result[i % 8], p, length);
 	pid = spawn(&other);
@@ -1473,7 +1547,7 @@ TEST_F(life, frozen_in_command)
 
 	snprintf(path, sizeof(path), "%s/freezer.state", group);
 	EXPECT_TRUE(freezes(path));
-	/* The work item ends its slice. */
+	/* Wait for the work item to end its slice. */
 	for (int i = 0; i < 20 && reads; i++)
 		reads = gpu_reads(false);
 	EXPECT_FALSE(reads);
@@ -1488,14 +1562,14 @@ TEST_F(life, frozen_in_command)
 }
 
 /*
- * More memory in use than the device has: two processes with two threads each, whose
- * memory does not fit, work on small parts of it.
+ * More memory in use than the device has: two processes with two threads each
+ * work on small parts of memory that together does not fit on the device.
  */
 struct filler {
 	int fd;
 	uint64_t *p, seed;
 	size_t length;
-	uint8_t *doubled;	/* for each piece, how often */
+	uint8_t *doubled;	/* for each piece, how often it was doubled */
 	pthread_t thread;
 	int err;
 };
@@ -1533,7 +1607,10 @@ static void *fill_thread(void *arg)
 	return NULL;
 }
 
-/* One process: fills its share, waits for the other's, and works. */
+/*
+ * One process: fills its share of memory, waits for the other process, and
+ * works.
+ */
 static int fill_share(struct other *other, int fd, size_t share, int64_t *most,
 		      uint64_t *evicted)
 {
@@ -1553,7 +1630,7 @@ static int fill_share(struct other *other, int fd, size_t share, int64_t *most,
 			return -ENOMEM;
 		for (size_t j = 0; j < f->length / sizeof(*f->p); j++)
 			f->p[j] = f->seed + j;
-		if (prefetch_all(fd, f->p, f->length, DUMMY_GPU_PLACE_DEVICE) < 0)
+		if (prefetch_all(fd, f->p, f->length, DUMMY_GPU_LOCATION_DEVICE) < 0)
 			return -EIO;
 	}
 	if (tell(other) || hear(other))
@@ -1590,7 +1667,7 @@ TEST_F(life, all_of_it_in_use)
 	EXPECT_LT(0, self->result[8] + self->result[9]);
 }
 
-/* The node may come later than the module. */
+/* The node may appear some time after the module was loaded. */
 static int open_new(void)
 {
 	int fd = gpu_open(GPU_DEVICE);
@@ -1602,7 +1679,10 @@ static int open_new(void)
 	return fd;
 }
 
-/* The CPU looks at memory all the time, and never sees other bytes. */
+/*
+ * A thread that reads memory with the CPU all the time. The bytes must not
+ * change.
+ */
 struct looker {
 	const uint8_t *p, *expect;
 	size_t length;
@@ -1625,7 +1705,10 @@ static void *look_thread(void *arg)
 	return NULL;
 }
 
-/* With pages out, of processes that live on. Only a small memory of the device, to be quick. */
+/*
+ * The module is removed while processes have pages on the device, which is
+ * small here.
+ */
 TEST_F_SETS(module_removed)
 {
 	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
@@ -1650,11 +1733,14 @@ TEST_F_SETS(module_removed)
 		pid_t pid;
 		int fd;
 
-		/* The child inherits a half, and has its own bytes for the other. */
+		/*
+		 * The child shares one half with the parent and writes to the
+		 * other half.
+		 */
 		ASSERT_NE(NULL, p);
 		fd = open_new();
 		ASSERT_LE(0, fd);
-		ASSERT_EQ(PAGES, prefetch_all(fd, p, self->length, DUMMY_GPU_PLACE_DEVICE));
+		ASSERT_EQ(PAGES, prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
 		if (!pid) {
@@ -1719,7 +1805,10 @@ static int module_references(void)
 	return count;
 }
 
-/* The notifiers call the module, so a mirror keeps it, beside the open file. */
+/*
+ * A mirror holds a reference to the module, since its notifiers call the
+ * module.
+ */
 TEST_F(life, mirror_keeps_the_module)
 {
 	int before = module_references(), fd;
@@ -1735,7 +1824,7 @@ TEST_F(life, mirror_keeps_the_module)
 	EXPECT_EQ(before, module_references());
 }
 
-/* A file in debugfs that is open when the module goes: it has no more to tell. */
+/* Reading an open debugfs file fails with EIO once the module is removed. */
 TEST_F_SETS(module_removed_with_statistics_open)
 {
 	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
@@ -1748,7 +1837,11 @@ TEST_F_SETS(module_removed_with_statistics_open)
 		SKIP(return, "no debugfs");
 	close(self->fd);
 	self->fd = -1;
-	for (int round = 0; round < ROUNDS; round++) {
+	/*
+	 * Close the partly read file before, and then after, the module is
+	 * loaded again.
+	 */
+	for (int round = 0; round < 2; round++) {
 		int opened = open(stats, O_RDONLY | O_CLOEXEC);
 		int half_read = open(stats, O_RDONLY | O_CLOEXEC);
 
@@ -1766,10 +1859,10 @@ TEST_F_SETS(module_removed_with_statistics_open)
 		EXPECT_EQ(-1, read(half_read, text, sizeof(text)));
 		EXPECT_EQ(EIO, errno);
 		EXPECT_EQ(0, close(opened));
-		if (round & 1)
+		if (!round)
 			EXPECT_EQ(0, close(half_read));
 		ASSERT_EQ(0, module_insert(path, self->size));
-		if (!(round & 1))
+		if (round)
 			EXPECT_EQ(0, close(half_read));
 	}
 }

@@ -49,7 +49,7 @@ static struct {
 	char stack[128 * 1024];
 	struct page_region regions[64];
 	uint64_t max_length;
-	uint64_t moved[2];	/* by enum dummy_gpu_place */
+	uint64_t moved[2];	/* by enum dummy_gpu_location */
 	int report[2];
 } mover;
 
@@ -71,28 +71,30 @@ static void sleep_ns(uint64_t ns)
 	nanosleep(&ts, NULL);
 }
 
-/* Moves what it can of a range. Whether the GPU is still there. */
-static bool move(uint64_t start, uint64_t end, enum dummy_gpu_place place)
+/*
+ * Moves the pages of a range that can move. Whether the file is still usable.
+ */
+static bool move(uint64_t start, uint64_t end, enum dummy_gpu_location location)
 {
 	while (start < end) {
 		uint64_t length = end - start < mover.max_length ? end - start : mover.max_length;
 		struct dummy_gpu_prefetch prefetch =
-			gpu_prefetching((void *)start, length, place);
+			gpu_prefetching((void *)start, length, location);
 		int ret = gpu_prefetch(GPU, &prefetch);
 
 		/* The program has closed the file. */
 		if (ret == -EBADF || ret == -ENOTTY || ret == -EPERM)
 			return false;
 		if (prefetch.pages != GPU_UNTOUCHED)
-			mover.moved[place] += prefetch.pages;
-		/* What cannot move now may be able to at the next turn. */
+			mover.moved[location] += prefetch.pages;
+		/* Pages that cannot move now may move in the next round. */
 		start += length;
 	}
 	return true;
 }
 
-/* Moves the populated pages of a range that are of no file. */
-static bool move_populated(uint64_t start, uint64_t end, enum dummy_gpu_place place)
+/* Moves the populated anonymous pages of a range. */
+static bool move_populated(uint64_t start, uint64_t end, enum dummy_gpu_location location)
 {
 	const uint64_t populated = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
 	struct pm_scan_arg scan = {
@@ -113,7 +115,7 @@ static bool move_populated(uint64_t start, uint64_t end, enum dummy_gpu_place pl
 		if (n < 0)
 			break;
 		for (i = 0; i < n; i++) {
-			if (!move(mover.regions[i].start, mover.regions[i].end, place))
+			if (!move(mover.regions[i].start, mover.regions[i].end, location))
 				return false;
 		}
 		scan.start = scan.walk_end;
@@ -122,7 +124,7 @@ static bool move_populated(uint64_t start, uint64_t end, enum dummy_gpu_place pl
 }
 
 /* Moves all private memory. */
-static bool move_all(enum dummy_gpu_place place)
+static bool move_all(enum dummy_gpu_location location)
 {
 	const uint64_t page = sysconf(_SC_PAGESIZE);
 	const uint64_t from = gpu_addr(&mover) & -page;
@@ -138,14 +140,14 @@ static bool move_all(enum dummy_gpu_place place)
 		if (vma.vma_flags & PROCMAP_QUERY_VMA_SHARED)
 			continue;
 		if (vma.vma_start <= from && to <= vma.vma_end)
-			moves = move_populated(vma.vma_start, from, place) &&
-				move_populated(to, vma.vma_end, place);
+			moves = move_populated(vma.vma_start, from, location) &&
+				move_populated(to, vma.vma_end, location);
 		else
-			moves = move_populated(vma.vma_start, vma.vma_end, place);
+			moves = move_populated(vma.vma_start, vma.vma_end, location);
 	}
-	if (mover.moved[place] && mover.report[place] >= 0 &&
-	    write(mover.report[place], &mover.moved[place], sizeof(uint64_t)) > 0)
-		mover.moved[place] = 0;
+	if (mover.moved[location] && mover.report[location] >= 0 &&
+	    write(mover.report[location], &mover.moved[location], sizeof(uint64_t)) > 0)
+		mover.moved[location] = 0;
 	return moves;
 }
 
@@ -154,15 +156,15 @@ static void *run(void *arg)
 	uint64_t start;
 
 	/* Once each way at least, however soon the program ends. */
-	if (!move_all(DUMMY_GPU_PLACE_DEVICE) || !move_all(DUMMY_GPU_PLACE_SYSTEM))
+	if (!move_all(DUMMY_GPU_LOCATION_DEVICE) || !move_all(DUMMY_GPU_LOCATION_SYSTEM))
 		return arg;
 	do {
 		start = now_ns();
-		if (!move_all(DUMMY_GPU_PLACE_DEVICE))
+		if (!move_all(DUMMY_GPU_LOCATION_DEVICE))
 			break;
 		/* If there is one CPU, most of the time is the program's. */
 		sleep_ns(2 * (now_ns() - start) + 100 * 1000);
-	} while (move_all(DUMMY_GPU_PLACE_SYSTEM));
+	} while (move_all(DUMMY_GPU_LOCATION_SYSTEM));
 	return arg;
 }
 
@@ -197,7 +199,10 @@ static bool start(void)
 	pthread_attr_init(&attr);
 	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstack(&attr, mover.stack, sizeof(mover.stack));
-	/* Run when a pause is over, not when the program next waits. */
+	/*
+	 * Real-time priority: run when a pause is over, not when the program
+	 * next sleeps.
+	 */
 	pthread_attr_setinheritsched(&attr, PTHREAD_EXPLICIT_SCHED);
 	pthread_attr_setschedpolicy(&attr, SCHED_FIFO);
 	pthread_attr_setschedparam(&attr, &param);
@@ -223,8 +228,8 @@ static void __attribute__((constructor)) start_before_main(void)
 {
 	const char *report = getenv("DUMMY_GPU_MOVER");
 
-	if (!report || sscanf(report, "%d,%d", &mover.report[DUMMY_GPU_PLACE_DEVICE],
-			      &mover.report[DUMMY_GPU_PLACE_SYSTEM]) != 2)
+	if (!report || sscanf(report, "%d,%d", &mover.report[DUMMY_GPU_LOCATION_DEVICE],
+			      &mover.report[DUMMY_GPU_LOCATION_SYSTEM]) != 2)
 		memset(mover.report, -1, sizeof(mover.report));
 	if (!start() || pthread_atfork(NULL, NULL, start_in_child)) {
 		perror("dummy_gpu_mover");

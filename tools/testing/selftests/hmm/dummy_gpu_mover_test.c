@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A program that is linked with dummy_gpu_mover.c: its memory moves, and that is
- * all it can notice.
+ * Tests of dummy_gpu_mover.c, with which this program is linked: the memory
+ * moves, and the program notices nothing else.
  *
  * kselftest_harness.h runs each test in a child of fork(), so each of them is
  * also a test of a child.
@@ -13,6 +13,8 @@
 #define PAGES	64
 #define TURNS	10
 #define SECONDS	20
+/* Of a test, in seconds: the mover is slow in a kernel with checkers. */
+#define TIMEOUT	120
 
 static pid_t handled_by;
 
@@ -21,6 +23,18 @@ static void __attribute__((constructor(101))) before_mover(void)
 {
 	page = sysconf(_SC_PAGESIZE);
 	share_cpu_of_uml();
+}
+
+FIXTURE(mover)
+{
+};
+
+FIXTURE_SETUP(mover)
+{
+}
+
+FIXTURE_TEARDOWN(mover)
+{
 }
 
 static uint8_t *map_pages(struct __test_metadata *_metadata)
@@ -60,7 +74,7 @@ static bool wait_for_device(const void *start)
 	const struct timespec ms = { .tv_nsec = 1000 * 1000 };
 	const uint64_t end = microseconds() + SECONDS * 1000000;
 
-	/* For pagemap such a page is swapped out. */
+	/* pagemap reports a page on the device as swapped out. */
 	while (!count(start, PAGE_IS_SWAPPED)) {
 		if (microseconds() > end)
 			return false;
@@ -69,7 +83,7 @@ static bool wait_for_device(const void *start)
 	return true;
 }
 
-TEST(the_memory_of_a_program_moves_and_keeps_its_contents)
+TEST_F_TIMEOUT(mover, the_memory_of_a_program_moves_and_keeps_its_contents, TIMEOUT)
 {
 	uint8_t *expect = malloc(PAGES * page), *mem = map_pages(_metadata);
 
@@ -82,8 +96,8 @@ TEST(the_memory_of_a_program_moves_and_keeps_its_contents)
 	}
 }
 
-/* Not only because the CPU touches it. */
-TEST(memory_moves_back_on_request)
+/* Memory also moves back without a CPU access. */
+TEST_F_TIMEOUT(mover, memory_moves_back_on_request, TIMEOUT)
 {
 	const int64_t before = instance_counter(0, "pages_to_system");
 	const uint64_t end = microseconds() + SECONDS * 1000000;
@@ -97,7 +111,7 @@ TEST(memory_moves_back_on_request)
 	ASSERT_EQ(PAGES * page, cpu_unlike(mem, 1, PAGES * page));
 }
 
-TEST(a_child_has_a_mover_of_its_own)
+TEST_F_TIMEOUT(mover, a_child_has_a_mover_of_its_own, TIMEOUT)
 {
 	uint8_t *mem = map_pages(_metadata);
 	int status;
@@ -122,7 +136,7 @@ TEST(a_child_has_a_mover_of_its_own)
 	}
 }
 
-TEST(holes_stay_holes)
+TEST_F_TIMEOUT(mover, holes_stay_holes, TIMEOUT)
 {
 	uint8_t *other = map_pages(_metadata), *mem = map_pages(_metadata);
 
@@ -134,7 +148,7 @@ TEST(holes_stay_holes)
 	}
 }
 
-TEST(file_descriptors_are_those_that_a_program_expects)
+TEST_F_TIMEOUT(mover, file_descriptors_are_those_that_a_program_expects, TIMEOUT)
 {
 	int fd[2];
 
@@ -149,7 +163,7 @@ static void handler(int sig)
 	__atomic_store_n(&handled_by, syscall(SYS_gettid), __ATOMIC_RELAXED);
 }
 
-TEST(signals_are_for_the_program)
+TEST_F_TIMEOUT(mover, signals_are_for_the_program, TIMEOUT)
 {
 	struct sigaction sa = { .sa_handler = handler };
 

@@ -10,7 +10,7 @@
 
 #include "dummy_gpu_harness.h"
 
-/* A device's region: here the core goes from one lock to the next. */
+/* The size of a region of the core, which has a lock of its own. */
 #define REGION		(512UL << 20)
 
 /*
@@ -190,7 +190,7 @@ TEST_F(memory, crc32)
 
 TEST_F(memory, histogram)
 {
-	/* The result, too, reaches from one page into the next. */
+	/* The result crosses a page boundary, too. */
 	uint64_t *result = (void *)(self->p + BUFFER - 2 * page - 1024);
 	uint64_t expect[GPU_BUCKETS];
 	const size_t length = 3 * page + 5;
@@ -205,7 +205,7 @@ TEST_F(memory, histogram)
 }
 
 /*
- * Files: what the device writes reaches the file exactly if the mapping is shared.
+ * Files: device writes reach the file if, and only if, the mapping is shared.
  */
 FIXTURE(file)
 {
@@ -279,7 +279,10 @@ TEST_F(file, others_write)
 	EXPECT_EQ(page / 8 * 0x3333333333333333ULL, gpu_sum(self->fd, self->p, page));
 }
 
-/* Beyond the end of the file, the device gets what gives the CPU SIGBUS. */
+/*
+ * Beyond the end of the file, where the CPU gets SIGBUS, a command fails with
+ * EFAULT.
+ */
 TEST_F(file, truncate)
 {
 	uint64_t sum = GPU_UNTOUCHED;
@@ -378,7 +381,7 @@ TEST_F(uapi, unknown_ioctl)
 	}
 }
 
-/* A structure of the size; all that the ioctls need in it is valid. */
+/* Prepares a structure of this size with valid fields. */
 static void prepare(uint64_t *words, const struct extensible *e,
 		    const struct dummy_gpu_command *command, uint64_t size)
 {
@@ -442,7 +445,10 @@ TEST_F(uapi, struct_larger)
 
 		for (uint64_t size = e->known + 8; size <= MAX_SIZE;
 		     size += size == e->known + 8 ? MAX_SIZE - size : 8) {
-			/* The first and the last word of the rest. */
+			/*
+			 * A nonzero word at the start and at the end of the
+			 * rest.
+			 */
 			for (int last = 0; last < 2; last++) {
 				prepare(words, e, &command, size);
 				words[last ? size / 8 - 1 : e->known / 8] = 1ULL << 63;
@@ -455,7 +461,10 @@ TEST_F(uapi, struct_larger)
 			}
 			EXPECT_EQ(page, cpu_unlike(self->p, 0, page));
 
-			/* A rest of zeros; what follows it does not count. */
+			/*
+			 * The rest is zero. Words after the structure do not
+			 * matter.
+			 */
 			prepare(words, e, &command, size);
 			words[size / 8] = 1;
 			EXPECT_EQ(good, gpu_ioctl(self->fd, e->request, words));
@@ -506,7 +515,7 @@ TEST_F(uapi, struct_address)
 		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, (void *)KERNEL_ADDRESS));
 		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, (void *)-8UL));
 
-		/* All but the last word can be read. */
+		/* All words except the last one can be read. */
 		prepare(words, e, &command, e->known);
 		memcpy(edge, words, e->known - 8);
 		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, edge));
@@ -516,7 +525,7 @@ TEST_F(uapi, struct_address)
 	expect_idle(_metadata, self->fd, &before);
 }
 
-/* What could not be told does not happen. */
+/* If the results cannot be written, nothing is done. */
 TEST_F(uapi, struct_read_only)
 {
 	const struct dummy_gpu_stats before = stats_of(_metadata, self->fd);
@@ -534,7 +543,10 @@ TEST_F(uapi, struct_read_only)
 		EXPECT_EQ(-EFAULT, gpu_ioctl(self->fd, e->request, last)) TH_LOG("ioctl %zu", i);
 		EXPECT_EQ(e->known, cpu_differs(last, words, e->known));
 
-		/* The same if only the last word is. ADVISE writes to the first alone. */
+		/*
+		 * The same if only the last word is read-only. ADVISE writes
+		 * only the first word.
+		 */
 		if (e->request == DUMMY_GPU_IOC_ADVISE)
 			continue;
 		edge = last - e->known + 8;
@@ -698,15 +710,18 @@ TEST_F(uapi, command_overlap)
 	EXPECT_EQ(page, cpu_unlike(self->p + 2 * page, 0x12, page));
 }
 
-/* An address after which there is less left of the address space than a command may be long. */
+/*
+ * An address so close to the end of the address space that a command may reach
+ * beyond it.
+ */
 static uint64_t user_top(void)
 {
-	/* With page tables of five levels what is above 47 bits has to be asked for. */
+	/* With five-level page tables, addresses above 47 bits need a hint. */
 	void *high = mmap((void *)(1UL << 55), page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	bool is_high = high != MAP_FAILED && gpu_addr(high) >> 47;
 
 	munmap(high, page);
-	/* Else the stack is at its end. */
+	/* Otherwise, the stack is at the end of the address space. */
 	return is_high ? (1UL << 56) - 2 * page : gpu_addr(__builtin_frame_address(0)) & -8ULL;
 }
 
@@ -805,7 +820,7 @@ TEST_F(uapi, command_size)
 		EXPECT_EQ(0, submit.fault_address);
 	}
 
-	/* A field of a later version that is used. */
+	/* A field of a later version that is not zero. */
 	for (int i = 0; i < 2; i++) {
 		commands[1].later[i] = 1;
 		submit = gpu_submission(&commands[0].command, 2);
@@ -818,7 +833,7 @@ TEST_F(uapi, command_size)
 	EXPECT_EQ(2 * page, cpu_unlike(self->p, 0, 2 * page));
 	expect_idle(_metadata, self->fd, &before);
 
-	/* And one that is not. */
+	/* A field of a later version that is zero. */
 	submit = gpu_submission(&commands[0].command, 2);
 	submit.command_size = sizeof(commands[0]);
 	EXPECT_EQ(0, gpu_submit(self->fd, &submit));
@@ -866,14 +881,14 @@ TEST_F(uapi, size_written_back)
 	} larger = { 0 };
 	struct dummy_gpu_command command = gpu_fill(self->p, 0xee, page);
 
-	/* Also when a check fails ... */
+	/* The size is written back also if a check fails ... */
 	larger.submit = gpu_submission(&command, 0);
 	larger.submit.size = sizeof(larger);
 	EXPECT_EQ(-EINVAL, gpu_submit(self->fd, &larger.submit));
 	EXPECT_EQ(sizeof(larger.submit), larger.submit.size);
 	EXPECT_EQ(0, larger.submit.completed);
 
-	/* ... or a command. */
+	/* ... or if a command fails. */
 	ASSERT_EQ(0, mprotect(self->p, page, PROT_READ));
 	larger.submit = gpu_submission(&command, 1);
 	larger.submit.size = sizeof(larger);
@@ -900,8 +915,10 @@ TEST_F(uapi, size_written_back_for_memory)
 		},
 	};
 
-	/* When a check fails, and when there is nothing to look at. */
-	larger.prefetch = gpu_prefetching(self->p, 0, DUMMY_GPU_PLACE_SYSTEM);
+	/*
+	 * Outputs are written also if a check fails, or if nothing is mapped.
+	 */
+	larger.prefetch = gpu_prefetching(self->p, 0, DUMMY_GPU_LOCATION_SYSTEM);
 	larger.prefetch.size = sizeof(larger);
 	EXPECT_EQ(-EINVAL, gpu_prefetch(self->fd, &larger.prefetch));
 	EXPECT_EQ(sizeof(larger.prefetch), larger.prefetch.size);
@@ -909,7 +926,7 @@ TEST_F(uapi, size_written_back_for_memory)
 	EXPECT_EQ(0, larger.prefetch.pages);
 
 	ASSERT_EQ(0, munmap(self->p + page, page));
-	larger.prefetch = gpu_prefetching(self->p + page, page, DUMMY_GPU_PLACE_SYSTEM);
+	larger.prefetch = gpu_prefetching(self->p + page, page, DUMMY_GPU_LOCATION_SYSTEM);
 	larger.prefetch.size = sizeof(larger);
 	EXPECT_EQ(self->info.vram_size ? -EFAULT : -ENODEV,
 		  gpu_prefetch(self->fd, &larger.prefetch));
@@ -917,7 +934,7 @@ TEST_F(uapi, size_written_back_for_memory)
 	EXPECT_EQ(0, larger.prefetch.done);
 	EXPECT_EQ(0, larger.prefetch.pages);
 
-	/* ADVISE has no other output: where a check fails there is nothing to tell. */
+	/* ADVISE has no other output, so a failed check writes nothing. */
 	advice.advise.policy = 3;
 	EXPECT_EQ(-EINVAL, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &advice));
 	EXPECT_EQ(sizeof(advice), advice.advise.size);
@@ -954,7 +971,7 @@ TEST_F(uapi, in_place)
 	EXPECT_EQ(0, run(self->fd, gpu_binary(DUMMY_GPU_OP_XOR, p, p, p, length)));
 	EXPECT_EQ(length, cpu_unlike(self->p, 0, length));
 
-	/* A result inside its source: all is read before. */
+	/* The result is inside the source, which is read completely before. */
 	cpu_randomize(p, length, 2);
 	sum = cpu_sum(p, length);
 	EXPECT_EQ(0, run(self->fd, gpu_unary(DUMMY_GPU_OP_SUM, p + 1, p, length)));
@@ -1005,11 +1022,11 @@ TEST_F(uapi, stats)
 	EXPECT_EQ(0, stats[0].bytes_read);
 	EXPECT_EQ(0, stats[0].bytes_written);
 	EXPECT_EQ(0, stats[0].faults);
-	EXPECT_EQ(0, stats[0].windows);
+	EXPECT_EQ(0, stats[0].fault_batches);
 	EXPECT_EQ(0, stats[0].retries);
 	EXPECT_EQ(0, stats[0].pages_mapped);
 	EXPECT_EQ(0, stats[0].pages_to_device);
-	EXPECT_EQ(0, stats[0].pages_touched);
+	EXPECT_EQ(0, stats[0].pages_cpu_faulted);
 	EXPECT_EQ(0, stats[0].pages_evicted);
 	EXPECT_EQ(0, stats[0].pages_to_system);
 	EXPECT_EQ(0, stats[0].device_pages);
@@ -1021,8 +1038,8 @@ TEST_F(uapi, stats)
 	EXPECT_EQ(pages * page, stats[1].bytes_read);
 	EXPECT_EQ(sizeof(*sum), stats[1].bytes_written);
 	EXPECT_LT(0, stats[1].faults);
-	EXPECT_LT(0, stats[1].windows);
-	EXPECT_LE(stats[1].windows, stats[1].faults);
+	EXPECT_LT(0, stats[1].fault_batches);
+	EXPECT_LE(stats[1].fault_batches, stats[1].faults);
 	/* A fault brings in as much as a window: there are far fewer than pages. */
 	EXPECT_GE(4, stats[1].faults);
 	EXPECT_LE(pages + 1, stats[1].pages_mapped);
@@ -1033,9 +1050,9 @@ TEST_F(uapi, stats)
 	EXPECT_EQ(2, stats[2].commands);
 	EXPECT_EQ(2 * pages * page, stats[2].bytes_read);
 	EXPECT_EQ(stats[1].faults, stats[2].faults);
-	EXPECT_EQ(stats[1].windows, stats[2].windows);
+	EXPECT_EQ(stats[1].fault_batches, stats[2].fault_batches);
 
-	/* Pages go away. */
+	/* Unmap the pages. */
 	ASSERT_EQ(0, munmap(p, pages * page));
 	ASSERT_EQ(0, gpu_stats(fd, &stats[3]));
 	EXPECT_LT(stats[2].invalidations, stats[3].invalidations);
@@ -1046,10 +1063,10 @@ TEST_F(uapi, stats)
 	EXPECT_EQ(-EFAULT, run(fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p, pages * page)));
 	ASSERT_EQ(0, gpu_stats(fd, &stats[0]));
 	EXPECT_LT(stats[3].faults, stats[0].faults);
-	EXPECT_EQ(stats[3].windows, stats[0].windows);
+	EXPECT_EQ(stats[3].fault_batches, stats[0].fault_batches);
 	EXPECT_EQ(2, stats[0].commands);
 
-	/* All that went to another file of the same device does not count here. */
+	/* Commands of another file of the same device do not count here. */
 	ASSERT_EQ(0, gpu_stats(self->fd, &stats[0]));
 	EXPECT_EQ(0, stats[0].commands);
 	EXPECT_EQ(0, stats[0].faults);
@@ -1077,7 +1094,10 @@ FIXTURE_TEARDOWN(svm)
 	close(self->fd);
 }
 
-/* The three kinds of page that the device must not read, and where it stops. */
+/*
+ * Commands fail at a page that the device must not read, and report its
+ * address.
+ */
 static void expect_fault(struct __test_metadata *_metadata, int fd, uint8_t *good, uint8_t *bad)
 {
 	uint64_t *result = (void *)good;
@@ -1095,7 +1115,7 @@ static void expect_fault(struct __test_metadata *_metadata, int fd, uint8_t *goo
 	EXPECT_EQ(GPU_UNTOUCHED, *result);
 	EXPECT_EQ(page, cpu_unlike(good + page, 0x11, page));
 
-	/* The start of an operand, where that is not the start of a page. */
+	/* The operand starts in the middle of the bad page. */
 	commands[0] = gpu_unary(DUMMY_GPU_OP_CRC32, result, bad + 5, 3);
 	submit = gpu_submission(commands, 1);
 	EXPECT_EQ(-EFAULT, gpu_submit(fd, &submit));
@@ -1109,7 +1129,7 @@ static void expect_fault(struct __test_metadata *_metadata, int fd, uint8_t *goo
 	EXPECT_EQ(0, submit.completed);
 	EXPECT_EQ(gpu_addr(bad), submit.fault_address);
 
-	/* The pages on both sides are as good as ever. */
+	/* The pages on both sides are still usable. */
 	bad[-1] = 1;
 	bad[page] = 2;
 	EXPECT_EQ(0, run(fd, gpu_fill(bad - page, 0x44, page)));
@@ -1152,7 +1172,10 @@ TEST_F(svm, prot_none)
 	EXPECT_EQ(page / 8 * 0x7777777777777777ULL, gpu_sum(self->fd, p + 5 * page, page));
 }
 
-/* Memory that a protection key closes to a thread is closed to its GPU commands too. */
+/*
+ * A protection key that denies access to a thread also denies it to its GPU
+ * commands.
+ */
 TEST_F(svm, protection_keys)
 {
 	uint8_t *p = map(2 * page, PROT_READ | PROT_WRITE);
@@ -1167,7 +1190,9 @@ TEST_F(svm, protection_keys)
 	ASSERT_EQ(0, pkey_set(key, PKEY_DISABLE_ACCESS));
 	EXPECT_EQ(GPU_UNTOUCHED, gpu_sum(self->fd, p, page));
 	EXPECT_EQ(-EFAULT, run(self->fd, gpu_fill(p, 2, page)));
-	/* The page beside it can be used, and lends it no right. */
+	/*
+	 * The page beside it is usable, and does not make this one accessible.
+	 */
 	EXPECT_EQ(0, run(self->fd, gpu_fill(p + page, 3, page)));
 	EXPECT_EQ(GPU_UNTOUCHED, gpu_sum(self->fd, p, page));
 
@@ -1183,7 +1208,7 @@ TEST_F(svm, protection_keys)
 	pkey_free(key);
 }
 
-/* What the kernel itself cannot reach is not for a device whose engine is its CPU. */
+/* Memory that is not in the direct map is not accessible to the device. */
 TEST_F(svm, secret_memory)
 {
 	uint8_t *p = map(8 * page, PROT_READ | PROT_WRITE), *secret = p + 5 * page;
@@ -1212,7 +1237,9 @@ TEST_F(svm, null)
 	EXPECT_EQ(0, submit.fault_address);
 }
 
-/* No write where the CPU may not write, whether the device was there before or not. */
+/*
+ * The device cannot write to read-only memory, whether it has it mapped or not.
+ */
 static void expect_read_only(struct __test_metadata *_metadata, int fd, uint8_t *p, uint8_t value)
 {
 	struct dummy_gpu_command command = gpu_fill(p, ~value, page);
@@ -1223,7 +1250,7 @@ static void expect_read_only(struct __test_metadata *_metadata, int fd, uint8_t 
 	EXPECT_EQ(gpu_addr(p), submit.fault_address);
 	EXPECT_EQ(page, cpu_unlike(p, value, page));
 
-	/* Reading is fine, and does not open the page for writing. */
+	/* A read succeeds, and does not permit a write afterwards. */
 	EXPECT_EQ(page / 8 * (value * 0x0101010101010101ULL), gpu_sum(fd, p, page));
 	submit = gpu_submission(&command, 1);
 	EXPECT_EQ(-EPERM, gpu_submit(fd, &submit));
@@ -1317,7 +1344,7 @@ TEST_F(svm, zero_page)
 	memset(p, 1, page);
 	EXPECT_EQ(page / 8 * 0x0101010101010101ULL, gpu_sum(self->fd, p, 2 * page));
 
-	/* And the other way round. */
+	/* Now the CPU has the zero page, and the device writes. */
 	ASSERT_EQ(0, p[page]);
 	EXPECT_EQ(0, run(self->fd, gpu_fill(p + page, 2, page)));
 	EXPECT_EQ(page, cpu_unlike(p + page, 2, page));
@@ -1367,7 +1394,7 @@ TEST_F(svm, unmap_and_map)
 		ASSERT_EQ(-EFAULT, run(self->fd, gpu_fill(p, 0xf1, 4 * page)));
 		ASSERT_EQ(p, map_at(p, 4 * page));
 
-		/* Zeros first; or what the CPU wrote, at once. */
+		/* Every other round reads zeroes before the CPU writes. */
 		if (round % 2) {
 			sum = gpu_sum(self->fd, p, 4 * page);
 			ASSERT_EQ(0, sum);
@@ -1388,7 +1415,7 @@ TEST_F(svm, discard)
 	EXPECT_EQ(5 * page / 8 * 0x0101010101010101ULL, gpu_sum(self->fd, p, 8 * page));
 	EXPECT_EQ(3 * page, cpu_unlike(p + 2 * page, 0, 3 * page));
 
-	/* A device that writes to what it discarded must not reach the old page. */
+	/* A device write to discarded memory must not reach the old page. */
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p + 2 * page, 2, page)));
 	EXPECT_EQ(page, cpu_unlike(p + 2 * page, 2, page));
 	EXPECT_EQ(2 * page, cpu_unlike(p + 3 * page, 0, 2 * page));
@@ -1415,7 +1442,7 @@ TEST_F(svm, mremap)
 	EXPECT_EQ(page, cpu_unlike(q, 3, page));
 }
 
-/* Operands that reach from one region of the core into the next. */
+/* Operands that cross the boundary of two regions of the core. */
 TEST_F(svm, region_boundary)
 {
 	uint8_t *space = mmap(NULL, 4 * REGION, PROT_NONE,
@@ -1458,7 +1485,7 @@ TEST_F(svm, inherited_file)
 		struct dummy_gpu_command command = gpu_fill(p, 8, page);
 		struct dummy_gpu_submit submit = gpu_submission(&command, 1);
 		struct dummy_gpu_prefetch prefetch =
-			gpu_prefetching(p, page, DUMMY_GPU_PLACE_SYSTEM);
+			gpu_prefetching(p, page, DUMMY_GPU_LOCATION_SYSTEM);
 		struct dummy_gpu_info info;
 		struct dummy_gpu_stats stats;
 
@@ -1487,7 +1514,7 @@ TEST_F(svm, inherited_file)
 	EXPECT_EQ(page, cpu_unlike(p, 9, page));
 }
 
-/* The opener is gone, the file is not. */
+/* The process that opened the file has exited, the file is still open. */
 TEST_F(svm, orphaned_file)
 {
 	int result[2], gone[2];
@@ -1510,7 +1537,10 @@ TEST_F(svm, orphaned_file)
 		if (pid)
 			_exit(pid < 0);
 		close(gone[1]);
-		/* The end of the file: both holders of the other end are done. */
+		/*
+		 * read() returns 0 when both processes have closed the other
+		 * end.
+		 */
 		outcome = read(gone[0], &outcome, 1) ? 1 : 0;
 		if (run(fd, gpu_fill(p, 8, page)) != -EPERM)
 			outcome = 2;
@@ -1530,7 +1560,7 @@ TEST_F(svm, orphaned_file)
 	EXPECT_EQ(page, cpu_unlike(p, 9, page));
 }
 
-/* After fork(), what one side's device writes is not seen by the other side. */
+/* After fork(), device writes of one process are not visible to the other. */
 TEST_F(svm, copy_on_write)
 {
 	uint64_t *p = map(4 * page, PROT_READ | PROT_WRITE);
@@ -1584,7 +1614,10 @@ TEST_F(svm, copy_on_write)
 	EXPECT_EQ(length / 8 * 0x0404040404040404ULL, gpu_sum(self->fd, p, length));
 }
 
-/* The child writes by the CPU; the parent's device has read-only entries, then none. */
+/*
+ * The child's CPU writes. The parent's device has read-only entries, which are
+ * erased.
+ */
 TEST_F(svm, copy_on_write_by_child)
 {
 	uint64_t *p = map(4 * page, PROT_READ | PROT_WRITE);
@@ -1727,9 +1760,9 @@ struct churn {
 };
 
 /*
- * Pauses between its rounds for a random time of up to @pause microseconds, or not at all. A
- * thread that discards the memory of a command without a pause can keep the device from ever
- * getting there; one that discards other memory must not.
+ * Pauses between its rounds for a random time of up to @pause microseconds. A
+ * thread that discards the memory of a command without a pause may keep the
+ * device from making progress. A thread that discards other memory must not.
  */
 static void *churn_thread(void *arg)
 {
@@ -1760,7 +1793,7 @@ static unsigned long churn_rounds(struct churn *churn)
 	return __atomic_load_n(&churn->rounds, __ATOMIC_ACQUIRE);
 }
 
-/* Another thread writes to, unmaps and maps other memory, without a pause: the result is right. */
+/* Another thread keeps unmapping other memory: the command completes. */
 TEST_F(svm, churn_elsewhere)
 {
 	const size_t length = 64 * page;
@@ -1785,7 +1818,7 @@ TEST_F(svm, churn_elsewhere)
 	EXPECT_LT(0, churn.rounds);
 }
 
-/* Another thread discards the memory of the command: it ends, and there is no third value. */
+/* Another thread discards the memory of a command: bytes are old or zero. */
 TEST_F(svm, churn_here)
 {
 	const size_t length = 64 * page;
@@ -1890,8 +1923,7 @@ TEST_F(svm, signals)
 }
 
 /*
- * Memory whose faults user space serves: the only waits that user space can make
- * as long as it likes.
+ * Memory with a userfaultfd: user space can make such a fault wait forever.
  */
 TEST_F(svm, userfault_served)
 {
@@ -1921,8 +1953,8 @@ TEST_F(svm, userfault_served)
 }
 
 /*
- * A child whose first command waits for a page that never comes: returns when
- * the device has faulted, so nothing but a signal ends the wait. A second
+ * A child whose first command waits for a page that never comes. Returns when
+ * the device has faulted, so that only a signal can end the wait. A second
  * command would write to @next.
  */
 static pid_t stuck_child(void *p, void *next)
@@ -1981,15 +2013,17 @@ TEST_F(svm, userfault_killed)
 	EXPECT_TRUE(WIFSIGNALED(status));
 	EXPECT_EQ(SIGKILL, WTERMSIG(status));
 
-	/* What came after it in the submission did not run. */
+	/* The second command of the submission did not run. */
 	EXPECT_EQ(page, cpu_unlike(shared, 0, page));
 
-	/* The device is free for others. */
+	/* The device still works for other processes. */
 	EXPECT_EQ(0, run(self->fd, gpu_fill(p, 2, page)));
 	EXPECT_EQ(page, cpu_unlike(p, 2, page));
 }
 
-/* While one process waits so, another one's commands run. */
+/*
+ * While one process waits for a userfaultfd, commands of another process run.
+ */
 TEST_F(svm, userfault_bystander)
 {
 	uint8_t *p = map(page, PROT_READ | PROT_WRITE);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the programs for the dummy GPU share: the ioctls as functions, and the
- * CPU's own version of what the device computes.
+ * Shared by the programs for the dummy GPU: functions for the ioctls, and CPU
+ * versions of the commands.
  */
 #ifndef DUMMY_GPU_USER_H
 #define DUMMY_GPU_USER_H
@@ -19,7 +19,7 @@
 #define GPU_DEVICE	"/dev/dummy_gpu0"
 #define GPU_DEVICE_2	"/dev/dummy_gpu1"
 
-/* What the output fields are set to beforehand, to see who writes to them. */
+/* The value of output fields before an ioctl, to see which ones it writes. */
 #define GPU_UNTOUCHED	0xa5a5a5a5a5a5a5a5ULL
 
 #define GPU_BUCKETS	256
@@ -113,13 +113,13 @@ gpu_binary(enum dummy_gpu_opcode opcode, void *dst, const void *src,
 }
 
 static inline struct dummy_gpu_prefetch
-gpu_prefetching(const void *start, size_t length, enum dummy_gpu_place place)
+gpu_prefetching(const void *start, size_t length, enum dummy_gpu_location location)
 {
 	struct dummy_gpu_prefetch prefetch = {
 		.size = sizeof(prefetch),
 		.start = gpu_addr(start),
 		.length = length,
-		.place = place,
+		.location = location,
 		.done = GPU_UNTOUCHED,
 		.pages = GPU_UNTOUCHED,
 	};
@@ -145,7 +145,7 @@ static inline int gpu_advise(int fd, const void *start, size_t length,
 	return gpu_ioctl(fd, DUMMY_GPU_IOC_ADVISE, &advise);
 }
 
-/* Free RAM in bytes, or 0 if nobody tells. */
+/* Free system memory in bytes, or 0 if it is not known. */
 static inline uint64_t cpu_free_memory(void)
 {
 	unsigned long long kib = 0;
@@ -197,7 +197,7 @@ static inline void cpu_histogram(uint64_t *count, const void *p, size_t length)
 		count[*byte++]++;
 }
 
-/* A known sequence that looks random (splitmix64). */
+/* A reproducible pseudo-random sequence (splitmix64). */
 static inline uint64_t cpu_random(uint64_t *state)
 {
 	uint64_t z = *state += 0x9e3779b97f4a7c15ULL;

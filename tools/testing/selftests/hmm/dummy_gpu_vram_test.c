@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Tests of the dummy GPU's own memory and, through it, of the migration of the
- * Rust HMM core: what moves there and back, and that no byte is lost.
+ * Tests of the memory of the dummy GPU and, through it, of migration in the
+ * Rust HMM core: which pages migrate, and that no byte is lost.
  *
- * Results go to shared memory, which never moves: so that each page which does is
- * one of the test's.
+ * Results are written to shared memory, which never migrates. So all pages that
+ * the counters count are those of the test.
  */
+#include <linux/mempolicy.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/uio.h>
 
@@ -37,7 +39,7 @@ static uint64_t sum_of(uint8_t value, size_t length)
 	return length / 8 * (value * 0x0101010101010101ULL);
 }
 
-/* New memory, in the device's memory, filled by the device. */
+/* New memory that the device has filled, so that it is in device memory. */
 static uint8_t *map_filled(struct __test_metadata *_metadata, int fd, size_t length,
 			   uint8_t value)
 {
@@ -50,11 +52,37 @@ static uint8_t *map_filled(struct __test_metadata *_metadata, int fd, size_t len
 	return p;
 }
 
-/* The sum as the device sees it, which no stack is needed for. */
+/*
+ * The sum as the device sees it. The result is not on the stack, which might
+ * move.
+ */
 static uint64_t vram_sum(int fd, uint64_t *result, const void *p, size_t length)
 {
 	*result = 0;
 	return run(fd, gpu_unary(DUMMY_GPU_OP_SUM, result, p, length)) ? GPU_UNTOUCHED : *result;
+}
+
+/* Binds the memory that this task allocates to one node. */
+static int bind_to_node(unsigned int node)
+{
+	const unsigned long nodes = 1UL << node;
+
+	return syscall(SYS_set_mempolicy, MPOL_BIND, &nodes, 8 * sizeof(nodes));
+}
+
+/* The number of pages on a node. Pages on the device are on no node. */
+static size_t pages_on_node(uint8_t *p, size_t length, int node)
+{
+	size_t found = 0;
+
+	for (size_t i = 0; i < length; i += page) {
+		void *at = p + i;
+		int on;
+
+		if (!syscall(SYS_move_pages, 0, 1UL, &at, NULL, &on, 0) && on == node)
+			found++;
+	}
+	return found;
 }
 
 TEST_F(vram, first_touch)
@@ -68,26 +96,26 @@ TEST_F(vram, first_touch)
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_EQ(pages, stats.pages_to_device);
 	EXPECT_EQ(pages, stats.device_pages);
-	EXPECT_EQ(0, stats.pages_touched);
+	EXPECT_EQ(0, stats.pages_cpu_faulted);
 
 	/* The CPU gets the page that it reads and at most 15 others. */
 	EXPECT_EQ(0x3c, p[length / 2]);
 	stats = stats_of(_metadata, self->fd);
-	EXPECT_LE(1, stats.pages_touched);
-	EXPECT_GE(16, stats.pages_touched);
-	EXPECT_EQ(pages, stats.device_pages + stats.pages_touched);
+	EXPECT_LE(1, stats.pages_cpu_faulted);
+	EXPECT_GE(16, stats.pages_cpu_faulted);
+	EXPECT_EQ(pages, stats.device_pages + stats.pages_cpu_faulted);
 
 	EXPECT_EQ(length, cpu_unlike(p, 0x3c, length));
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_EQ(pages, stats.pages_to_device);
-	EXPECT_EQ(pages, stats.pages_touched);
+	EXPECT_EQ(pages, stats.pages_cpu_faulted);
 	EXPECT_EQ(0, stats.device_pages);
 	EXPECT_EQ(0, stats.pages_evicted);
 	EXPECT_EQ(0, stats.pages_to_system);
 	munmap(p, length);
 }
 
-/* What the CPU wrote before goes along. */
+/* Pages that the CPU has written before migrate with their contents. */
 TEST_F(vram, touched_before)
 {
 	const size_t pages = 256, length = pages * page;
@@ -95,7 +123,9 @@ TEST_F(vram, touched_before)
 
 	ASSERT_NE(MAP_FAILED, p);
 	ASSERT_NE(NULL, copy);
-	/* A third of the pages is not there, and a third is the zero page. */
+	/*
+	 * One third of the pages is not populated, one third is the zero page.
+	 */
 	for (size_t i = 0; i < pages; i += 3)
 		cpu_randomize(p + i * page, page, i);
 	for (size_t i = 1; i < pages; i += 3)
@@ -108,7 +138,7 @@ TEST_F(vram, touched_before)
 	EXPECT_EQ(cpu_sum((uint64_t *)copy, length), vram_sum(self->fd, self->result, p, length));
 	EXPECT_EQ((pages + 2) / 3, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(pages - (pages + 2) / 3,
-		  prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+		  prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(cpu_sum((uint64_t *)copy, length), vram_sum(self->fd, self->result, p, length));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(length, cpu_differs(p, copy, length));
@@ -117,7 +147,7 @@ TEST_F(vram, touched_before)
 	free(copy);
 }
 
-/* To and fro, with a part written by the CPU each time. */
+/* Migrates back and forth; the CPU writes to a part of the memory each time. */
 TEST_F(vram, moved_data)
 {
 	const size_t length = 64 * page + 0x123;
@@ -153,14 +183,14 @@ TEST_F(vram, moved_data)
 	EXPECT_EQ(length, cpu_differs(p, x, length));
 	EXPECT_EQ(length, cpu_differs(q, y, length));
 	EXPECT_EQ(65 * page - length, cpu_unlike(p + length, 0, 65 * page - length));
-	EXPECT_LT(0, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_LT(0, stats_of(_metadata, self->fd).pages_cpu_faulted);
 	munmap(p, 65 * page);
 	munmap(q, 65 * page);
 	free(x);
 	free(y);
 }
 
-/* What others left in the device's memory is not to be seen. */
+/* Old contents of device memory must not be visible. */
 TEST_F(vram, zeroes)
 {
 	uint8_t *p = map_filled(_metadata, self->fd, self->size, 0xff);
@@ -170,12 +200,12 @@ TEST_F(vram, zeroes)
 
 	p = map(self->size, PROT_READ | PROT_WRITE);
 	ASSERT_NE(MAP_FAILED, p);
-	EXPECT_EQ(self->size / page, prefetch_all(self->fd, p, self->size, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_EQ(self->size / page, prefetch_all(self->fd, p, self->size, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(0, vram_sum(self->fd, self->result, p, self->size));
 	EXPECT_EQ(self->size / page, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(BUFFER, cpu_unlike(p, 0, BUFFER));
 
-	/* Nor around what the device writes. */
+	/* Not in the rest of a page that the device writes, either. */
 	ASSERT_EQ(0, madvise(p, self->size, MADV_DONTNEED));
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p + page + 5, 1, 1)));
 	EXPECT_EQ(page + 5, cpu_unlike(p, 0, page + 5));
@@ -212,7 +242,7 @@ TEST_F(vram, a_read_populates_nothing)
 		ASSERT_NE(MAP_FAILED, p);
 		ASSERT_EQ(0, madvise(p, length, MADV_NOHUGEPAGE) && errno != EINVAL);
 		ASSERT_EQ(0, gpu_advise(self->fd, p, length, policies[i]));
-		/* Two pages exist, far from each other. */
+		/* Populate two pages, far from each other. */
 		p[0] = 1;
 		p[length - 1] = 1;
 		before = resident(_metadata);
@@ -230,7 +260,39 @@ TEST_F(vram, a_read_populates_nothing)
 	}
 }
 
-/* For memory that cannot move no other process loses its pages on the device. */
+/*
+ * Evicted pages are not subject to the memory policy of the task that evicts
+ * them.
+ */
+TEST_F(vram, eviction_to_the_node_that_pages_came_from)
+{
+	uint8_t *victim = map(self->size, PROT_READ | PROT_WRITE);
+	size_t stayed;
+	uint8_t *p;
+
+	ASSERT_NE(MAP_FAILED, victim);
+	if (bind_to_node(1))
+		SKIP(return, "there is one NUMA node only");
+	memset(victim, 0x5a, self->size);
+	ASSERT_EQ(self->size / page, pages_on_node(victim, self->size, 1));
+	ASSERT_EQ(sum_of(0x5a, self->size), vram_sum(self->fd, self->result, victim, self->size));
+	stayed = pages_on_node(victim, self->size, 1);
+	ASSERT_GT(self->size / page / 4, stayed);
+
+	ASSERT_EQ(0, bind_to_node(0));
+	p = map(self->size / 2, PROT_READ | PROT_WRITE);
+	ASSERT_NE(MAP_FAILED, p);
+	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0x5b, self->size / 2)));
+	ASSERT_LE(self->size / page / 4, stats_of(_metadata, self->fd).pages_evicted);
+	EXPECT_EQ(stayed + stats_of(_metadata, self->fd).pages_evicted,
+		  pages_on_node(victim, self->size, 1));
+	EXPECT_EQ(0, pages_on_node(victim, self->size, 0));
+	EXPECT_EQ(self->size, cpu_unlike(victim, 0x5a, self->size));
+	munmap(p, self->size / 2);
+	munmap(victim, self->size);
+}
+
+/* Nothing is evicted to make room for memory that cannot move. */
 TEST_F(vram, no_eviction_for_what_does_not_move)
 {
 	uint8_t *victim = map_filled(_metadata, self->fd, self->size, 0x5a);
@@ -242,7 +304,7 @@ TEST_F(vram, no_eviction_for_what_does_not_move)
 
 	ASSERT_LE(0, fd);
 	ASSERT_NE(MAP_FAILED, p);
-	/* One page is the process's own, the others are the file's. */
+	/* One page is a private copy, the others are page cache. */
 	p[0] = 1;
 	EXPECT_EQ(1, vram_sum(fd, self->result, p, length));
 	stats = stats_of(_metadata, fd);
@@ -283,17 +345,20 @@ TEST_F(vram, policy_system)
 	EXPECT_EQ(0, stats.device_pages);
 	EXPECT_EQ(length, cpu_unlike(p, 2, length));
 
-	/* Pages on the device come home, and not before the device faults. */
-	ASSERT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	/*
+	 * The policy moves pages back to system memory when the device faults,
+	 * not before.
+	 */
+	ASSERT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	ASSERT_EQ(0, gpu_advise(self->fd, p, length, DUMMY_GPU_POLICY_SYSTEM));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(sum_of(2, length), vram_sum(self->fd, self->result, p, length));
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_EQ(pages, stats.pages_to_system);
 	EXPECT_EQ(0, stats.device_pages);
-	EXPECT_EQ(0, stats.pages_touched);
+	EXPECT_EQ(0, stats.pages_cpu_faulted);
 	EXPECT_EQ(length, cpu_unlike(p, 2, length));
-	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_cpu_faulted);
 	munmap(p, length);
 }
 
@@ -318,15 +383,18 @@ TEST_F(vram, policy_none)
 	EXPECT_EQ(pages, stats.pages_to_device);
 	EXPECT_EQ(pages, stats.device_pages);
 	EXPECT_EQ(0, stats.pages_to_system);
-	EXPECT_EQ(0, stats.pages_touched);
+	EXPECT_EQ(0, stats.pages_cpu_faulted);
 
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 4, length)));
 	EXPECT_EQ(length, cpu_unlike(p, 4, length));
-	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_cpu_faulted);
 	EXPECT_EQ(length, cpu_unlike(q, 2, length));
-	EXPECT_EQ(pages, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(pages, stats_of(_metadata, self->fd).pages_cpu_faulted);
 
-	/* What the CPU took, stays in RAM; and so does what nobody had. */
+	/*
+	 * Pages that the CPU touched stay in system memory, and so do new
+	 * pages.
+	 */
 	ASSERT_EQ(0, madvise(p, length, MADV_DONTNEED));
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 5, 2 * length)));
 	EXPECT_EQ(2 * length, cpu_unlike(p, 5, 2 * length));
@@ -352,14 +420,20 @@ TEST_F(vram, policy_ranges)
 	EXPECT_EQ(43, stats.pages_to_device);
 	EXPECT_EQ(43, stats.device_pages);
 
-	/* Those that are not on the device cost the CPU nothing. */
+	/*
+	 * A CPU access to pages that are not on the device causes no CPU fault
+	 * there.
+	 */
 	EXPECT_EQ(20 * page, cpu_unlike(p + 10 * page, 7, 20 * page));
 	EXPECT_EQ(page, cpu_unlike(p + 63 * page, 7, page));
-	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_cpu_faulted);
 	EXPECT_EQ(length, cpu_unlike(p, 7, length));
-	EXPECT_EQ(43, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(43, stats_of(_metadata, self->fd).pages_cpu_faulted);
 
-	/* The first page of one and the last of the other become part of a third. */
+	/*
+	 * A third policy for the last page of one range and the first page of
+	 * the next.
+	 */
 	ASSERT_EQ(0, madvise(p, length, MADV_DONTNEED));
 	ASSERT_EQ(0, gpu_advise(self->fd, p + 29 * page, 35 * page, DUMMY_GPU_POLICY_DEVICE));
 	ASSERT_EQ(0, gpu_advise(self->fd, p + 9 * page, 2 * page, DUMMY_GPU_POLICY_DEVICE));
@@ -375,7 +449,7 @@ TEST_F(vram, policy_ranges)
 	munmap(p, length);
 }
 
-/* What is mapped along with other memory has its own policy nevertheless. */
+/* Memory that shares a window with other memory keeps its own policy. */
 TEST_F(vram, policy_of_neighbours)
 {
 	const size_t length = 16 * page, window = 2UL << 20;
@@ -391,7 +465,7 @@ TEST_F(vram, policy_of_neighbours)
 	EXPECT_EQ(length / page, stats_of(_metadata, self->fd).device_pages);
 
 	/* And the other way round: both are on the device, as if they had just come there. */
-	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	ASSERT_EQ(0, mprotect(p, 2 * length, PROT_READ));
 	EXPECT_EQ(sum_of(1, length), vram_sum(self->fd, self->result, q, length));
 	EXPECT_EQ(sum_of(1, length), vram_sum(self->fd, self->result, p, length));
@@ -400,7 +474,9 @@ TEST_F(vram, policy_of_neighbours)
 	munmap(space, 2 * window);
 }
 
-/* A policy is of addresses, not of what is mapped there, and of one open file. */
+/*
+ * A policy belongs to addresses, not to the memory there, and to one open file.
+ */
 TEST_F(vram, policy_of_file)
 {
 	const size_t length = 16 * page;
@@ -444,7 +520,7 @@ TEST_F(vram, policy_too_many)
 	for (size_t i = 1; i < max; i++, q += 2 * page)
 		ASSERT_EQ(0, gpu_advise(self->fd, q, page, DUMMY_GPU_POLICY_SYSTEM));
 
-	/* No new one, and no cut in two: and nothing has changed. */
+	/* No range can be added or split, and the policies are unchanged. */
 	EXPECT_EQ(-ENOSPC, gpu_advise(self->fd, q, page, DUMMY_GPU_POLICY_SYSTEM));
 	EXPECT_EQ(-ENOSPC, gpu_ioctl(self->fd, DUMMY_GPU_IOC_ADVISE, &larger));
 	EXPECT_EQ(sizeof(larger.advise), larger.advise.size);
@@ -453,7 +529,7 @@ TEST_F(vram, policy_too_many)
 	ASSERT_EQ(0, run(self->fd, gpu_fill(q - 2 * page, 1, 3 * page)));
 	EXPECT_EQ(2, stats_of(_metadata, self->fd).pages_to_device);
 
-	/* One that joins two makes room. */
+	/* Joining two ranges makes room. */
 	EXPECT_EQ(0, gpu_advise(self->fd, p + 3 * page, page, DUMMY_GPU_POLICY_SYSTEM));
 	EXPECT_EQ(0, gpu_advise(self->fd, q, page, DUMMY_GPU_POLICY_SYSTEM));
 	EXPECT_EQ(-ENOSPC, gpu_advise(self->fd, p + page, page, DUMMY_GPU_POLICY_NONE));
@@ -473,43 +549,46 @@ TEST_F(vram, prefetch)
 	cpu_randomize(copy, length, 21);
 	memcpy(p, copy, length);
 	for (unsigned int i = 1; i < 4; i++) {
-		EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
-		EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
-		EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
+		EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
+		EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 		stats = stats_of(_metadata, self->fd);
 		EXPECT_EQ(i * pages, stats.pages_to_device);
 		EXPECT_EQ(pages, stats.device_pages);
 
-		EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
+		EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
 		stats = stats_of(_metadata, self->fd);
 		EXPECT_EQ(i * pages, stats.pages_to_system);
 		EXPECT_EQ(0, stats.device_pages);
 	}
 	EXPECT_EQ(length, cpu_differs(p, copy, length));
 	stats = stats_of(_metadata, self->fd);
-	EXPECT_EQ(0, stats.pages_touched);
+	EXPECT_EQ(0, stats.pages_cpu_faulted);
 	EXPECT_EQ(0, stats.pages_evicted);
 	EXPECT_EQ(0, stats.faults);
 
 	/* Only those that are elsewhere move. */
-	ASSERT_EQ(20, prefetch_all(self->fd, p + 10 * page, 20 * page, DUMMY_GPU_PLACE_DEVICE));
-	EXPECT_EQ(pages - 20, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
-	EXPECT_EQ(20, prefetch_all(self->fd, p + 10 * page, 20 * page, DUMMY_GPU_PLACE_SYSTEM));
-	EXPECT_EQ(pages - 20, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
+	ASSERT_EQ(20, prefetch_all(self->fd, p + 10 * page, 20 * page, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(pages - 20, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(20, prefetch_all(self->fd, p + 10 * page, 20 * page, DUMMY_GPU_LOCATION_SYSTEM));
+	EXPECT_EQ(pages - 20, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
 	EXPECT_EQ(length, cpu_differs(p, copy, length));
 	munmap(p, length);
 	free(copy);
 }
 
-/* What was never touched, too, gets pages there; it gets none in RAM. */
+/*
+ * A prefetch to the device populates untouched memory; one to system memory
+ * does not.
+ */
 TEST_F(vram, prefetch_untouched)
 {
 	const size_t pages = 40, length = pages * page;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
 
 	ASSERT_NE(MAP_FAILED, p);
-	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
-	EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
+	EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(length, cpu_unlike(p, 0, length));
 	munmap(p, length);
@@ -517,7 +596,7 @@ TEST_F(vram, prefetch_untouched)
 
 TEST_F(vram, prefetch_hole)
 {
-	const enum dummy_gpu_place places[] = { DUMMY_GPU_PLACE_DEVICE, DUMMY_GPU_PLACE_SYSTEM };
+	const enum dummy_gpu_location places[] = { DUMMY_GPU_LOCATION_DEVICE, DUMMY_GPU_LOCATION_SYSTEM };
 	const size_t length = 16 * page;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
 	struct dummy_gpu_prefetch prefetch;
@@ -542,8 +621,8 @@ TEST_F(vram, prefetch_hole)
 }
 
 /*
- * Memory of files stays, but for the process's own copies of it. That is no
- * error; nor does it keep what follows from moving.
+ * Memory of files does not move, except for private copies. That is no error,
+ * and the memory after it still moves.
  */
 TEST_F(vram, prefetch_other_memory)
 {
@@ -565,9 +644,9 @@ TEST_F(vram, prefetch_other_memory)
 	memset(space + 2 * length, 2, length);
 	memset(space + 4 * length, 3, length);
 
-	EXPECT_EQ(pages, prefetch_all(self->fd, space, 4 * length, DUMMY_GPU_PLACE_DEVICE));
-	EXPECT_EQ(pages, prefetch_all(self->fd, space, 4 * length, DUMMY_GPU_PLACE_SYSTEM));
-	EXPECT_EQ(2 * pages, prefetch_all(self->fd, space, 5 * length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_EQ(pages, prefetch_all(self->fd, space, 4 * length, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(pages, prefetch_all(self->fd, space, 4 * length, DUMMY_GPU_LOCATION_SYSTEM));
+	EXPECT_EQ(2 * pages, prefetch_all(self->fd, space, 5 * length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(2 * pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(2 * length, cpu_unlike(space, 1, 2 * length));
 	EXPECT_EQ(length, cpu_unlike(space + 2 * length, 2, length));
@@ -577,7 +656,10 @@ TEST_F(vram, prefetch_other_memory)
 	close(file);
 }
 
-/* More than there is room for: the last ones stay, the first have been moved back. */
+/*
+ * A prefetch of more than fits: the last pages stay on the device, the first
+ * are evicted.
+ */
 TEST_F(vram, prefetch_too_much)
 {
 	const size_t length = self->size + 4 * (2UL << 20), pages = length / page;
@@ -587,7 +669,7 @@ TEST_F(vram, prefetch_too_much)
 	ASSERT_NE(MAP_FAILED, p);
 	for (size_t i = 0; i < length / sizeof(*p); i += page / sizeof(*p))
 		p[i] = i;
-	EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_EQ(pages, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_EQ(pages, stats.pages_to_device);
 	EXPECT_LE(pages - self->size / page, stats.pages_evicted);
@@ -597,14 +679,14 @@ TEST_F(vram, prefetch_too_much)
 	munmap(p, length);
 }
 
-/* What is on the device takes no RAM. */
+/* Pages on the device occupy no system memory. */
 TEST_F(vram, prefetch_frees_memory)
 {
 	const size_t length = self->size / 2;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE), *all;
 	uint64_t before, after;
 
-	/* All that it takes to have memory there is there from now on. */
+	/* From now on the struct pages of all device memory are allocated. */
 	all = map_filled(_metadata, self->fd, self->size, 1);
 	ASSERT_EQ(0, munmap(all, self->size));
 
@@ -615,12 +697,12 @@ TEST_F(vram, prefetch_frees_memory)
 		SKIP(return, "no MemFree in /proc/meminfo");
 	if (!access("/sys/kernel/debug/kmemleak", F_OK))
 		SKIP(return, "the kernel keeps freed memory back");
-	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	after = cpu_free_memory();
 	EXPECT_LE(before + length / 4 * 3, after);
 	EXPECT_GE(before + length / 4 * 5, after);
 
-	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
+	ASSERT_EQ(length / page, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
 	after = cpu_free_memory();
 	EXPECT_GE(before + length / 4, after);
 	EXPECT_LE(before - length / 4, after);
@@ -633,14 +715,14 @@ static void on_alarm(int sig)
 	(void)sig;
 }
 
-/* A signal ends a prefetch; what it did is done. */
+/* A signal ends a prefetch. Pages that have moved stay there. */
 TEST_F(vram, prefetch_signal)
 {
 	struct sigaction action = { .sa_handler = on_alarm };
 	const size_t length = self->size / 2;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
 	struct itimerval timer = { { 0, 1000 }, { 0, 1000 } }, none = { 0 };
-	enum dummy_gpu_place place = DUMMY_GPU_PLACE_DEVICE;
+	enum dummy_gpu_location location = DUMMY_GPU_LOCATION_DEVICE;
 	struct dummy_gpu_prefetch prefetch;
 	int err = 0;
 
@@ -649,8 +731,8 @@ TEST_F(vram, prefetch_signal)
 	ASSERT_EQ(0, sigaction(SIGALRM, &action, NULL));
 	ASSERT_EQ(0, setitimer(ITIMER_REAL, &timer, NULL));
 	for (int i = 0; i < 20 && !err; i++) {
-		place = i & 1 ? DUMMY_GPU_PLACE_SYSTEM : DUMMY_GPU_PLACE_DEVICE;
-		prefetch = gpu_prefetching(p, length, place);
+		location = i & 1 ? DUMMY_GPU_LOCATION_SYSTEM : DUMMY_GPU_LOCATION_DEVICE;
+		prefetch = gpu_prefetching(p, length, location);
 		err = gpu_prefetch(self->fd, &prefetch);
 	}
 	ASSERT_EQ(0, setitimer(ITIMER_REAL, &none, NULL));
@@ -660,8 +742,8 @@ TEST_F(vram, prefetch_signal)
 
 	/* The rest. */
 	EXPECT_EQ(length / page - prefetch.pages,
-		  prefetch_all(self->fd, p + prefetch.done, length - prefetch.done, place));
-	EXPECT_EQ(0, prefetch_all(self->fd, p, length, place));
+		  prefetch_all(self->fd, p + prefetch.done, length - prefetch.done, location));
+	EXPECT_EQ(0, prefetch_all(self->fd, p, length, location));
 	EXPECT_EQ(length, cpu_unlike(p, 0x6f, length));
 	munmap(p, length);
 }
@@ -706,7 +788,7 @@ TEST_F(vram, prefetch_bad)
 		struct dummy_gpu_prefetch prefetch = gpu_prefetching(NULL, bad[i].length, 0);
 
 		prefetch.start = bad[i].start;
-		prefetch.place = bad[i].which;
+		prefetch.location = bad[i].which;
 		EXPECT_EQ(bad[i].err, gpu_prefetch(self->fd, &prefetch)) TH_LOG("%s", bad[i].what);
 		EXPECT_EQ(sizeof(prefetch), prefetch.size);
 		EXPECT_EQ(0, prefetch.done) TH_LOG("%s", bad[i].what);
@@ -730,8 +812,8 @@ TEST_F(vram, prefetch_prot_none)
 	ASSERT_EQ(0, mprotect(p, length, PROT_NONE));
 	ASSERT_EQ(0, mprotect(q, length, PROT_NONE));
 	before = stats_of(_metadata, self->fd);
-	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
-	EXPECT_EQ(0, prefetch_all(self->fd, q, length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
+	EXPECT_EQ(0, prefetch_all(self->fd, q, length, DUMMY_GPU_LOCATION_DEVICE));
 	expect_idle(_metadata, self->fd, &before);
 
 	ASSERT_EQ(0, mprotect(p, length, PROT_READ));
@@ -743,9 +825,8 @@ TEST_F(vram, prefetch_prot_none)
 }
 
 /*
- * Structures that no ioctl takes, with a range of pages in the device's memory:
- * none moves, and no policy is set. Both structures have their fields in one
- * order.
+ * Invalid structures, for a range of pages in device memory: no page moves and
+ * no policy is set. Both structures have their fields in the same order.
  */
 TEST_F(vram, struct_bad)
 {
@@ -754,7 +835,7 @@ TEST_F(vram, struct_bad)
 		uint64_t size, which;
 	} ioctls[] = {
 		{ DUMMY_GPU_IOC_PREFETCH, sizeof(struct dummy_gpu_prefetch),
-		  DUMMY_GPU_PLACE_SYSTEM },
+		  DUMMY_GPU_LOCATION_SYSTEM },
 		{ DUMMY_GPU_IOC_ADVISE, sizeof(struct dummy_gpu_advise),
 		  DUMMY_GPU_POLICY_SYSTEM },
 	};
@@ -787,7 +868,7 @@ TEST_F(vram, struct_bad)
 			words[3] = 2 * page;
 			words[4] = ioctls[i].which;
 			words[size / 8] = bad[j].rest;
-			/* The last is one that cannot be written. */
+			/* The last structure cannot be written. */
 			if (bad[j].err == -EFAULT)
 				ASSERT_EQ(0, mprotect(words, page, PROT_READ));
 			EXPECT_EQ(bad[j].err, gpu_ioctl(self->fd, ioctls[i].request, words))
@@ -817,7 +898,7 @@ TEST_F(vram, inherited_file)
 	pid = fork();
 	ASSERT_LE(0, pid);
 	if (!pid) {
-		if (prefetch_all(self->fd, p, 2 * page, DUMMY_GPU_PLACE_SYSTEM) != -EPERM)
+		if (prefetch_all(self->fd, p, 2 * page, DUMMY_GPU_LOCATION_SYSTEM) != -EPERM)
 			_exit(1);
 		if (gpu_advise(self->fd, p, 2 * page, DUMMY_GPU_POLICY_SYSTEM) != -EPERM)
 			_exit(2);
@@ -874,7 +955,10 @@ TEST_F(vram, advise_bad)
 	munmap(p, 2 * page);
 }
 
-/* Doubles all elements of a vector that does not fit, and looks at each. */
+/*
+ * Doubles all elements of a vector that does not fit on the device, and checks
+ * them.
+ */
 static int oversubscribe(int fd, uint64_t *p, size_t length, unsigned int rounds, uint64_t seed)
 {
 	const size_t n = length / sizeof(*p);
@@ -903,12 +987,14 @@ TEST_F(vram, oversubscription)
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_LT(self->size / page, stats.pages_to_device);
 	EXPECT_LT(0, stats.pages_evicted);
-	EXPECT_EQ(stats.pages_to_device, stats.pages_evicted + stats.pages_touched);
+	EXPECT_EQ(stats.pages_to_device, stats.pages_evicted + stats.pages_cpu_faulted);
 	EXPECT_EQ(0, stats.device_pages);
 	munmap(p, length);
 }
 
-/* Two processes need more than there is, at the same addresses and at the same time. */
+/*
+ * Two processes together need more than fits, at the same addresses and time.
+ */
 TEST_F(vram, oversubscription_by_two)
 {
 	const size_t length = self->size / 4 * 3;
@@ -981,7 +1067,7 @@ TEST_F(vram, mremap)
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(sum_of(0x61, length), vram_sum(self->fd, self->result, q, length));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
-	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_cpu_faulted);
 	EXPECT_EQ(-EFAULT, run(self->fd, gpu_fill(p, 0x62, page)));
 	ASSERT_EQ(p, map_at(p, length));
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0x63, length)));
@@ -991,8 +1077,8 @@ TEST_F(vram, mremap)
 	EXPECT_EQ(page, cpu_unlike(q + page, 0x64, page));
 	EXPECT_EQ(length - 2 * page, cpu_unlike(q + 2 * page, 0x61, length - 2 * page));
 
-	/* What is left behind with MREMAP_DONTUNMAP, is empty. */
-	ASSERT_EQ(pages, prefetch_all(self->fd, q, length, DUMMY_GPU_PLACE_DEVICE));
+	/* The old range of MREMAP_DONTUNMAP is empty. */
+	ASSERT_EQ(pages, prefetch_all(self->fd, q, length, DUMMY_GPU_LOCATION_DEVICE));
 	ASSERT_EQ(0, munmap(p, length));
 	p = mremap(q, length, length, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
 	ASSERT_NE(MAP_FAILED, p);
@@ -1019,11 +1105,13 @@ TEST_F(vram, mprotect_none)
 	EXPECT_EQ(page, cpu_unlike(p, 0x73, page));
 	EXPECT_EQ(length - page, cpu_unlike(p + page, 0x71, length - page));
 
-	/* A prefetch of what nobody may access need not move it, nor must it hurt. */
+	/*
+	 * A prefetch of PROT_NONE memory may do nothing, but must do no harm.
+	 */
 	for (int i = 0; i < 2; i++) {
 		ASSERT_EQ(0, mprotect(p, length, PROT_NONE));
-		EXPECT_LE(0, prefetch_all(self->fd, p, length, i ? DUMMY_GPU_PLACE_SYSTEM :
-								   DUMMY_GPU_PLACE_DEVICE));
+		EXPECT_LE(0, prefetch_all(self->fd, p, length, i ? DUMMY_GPU_LOCATION_SYSTEM :
+								   DUMMY_GPU_LOCATION_DEVICE));
 		EXPECT_EQ(-EFAULT, run(self->fd, gpu_fill(p, 0x74, page)));
 		ASSERT_EQ(0, mprotect(p, length, PROT_READ | PROT_WRITE));
 		EXPECT_EQ(sum_of(0x71, length - page),
@@ -1052,9 +1140,9 @@ TEST_F(vram, mprotect_read)
 	EXPECT_EQ(length - 1, length / 2 + cpu_unlike(p + length / 2, 0x81, length / 2));
 	EXPECT_EQ(0x84, p[length - 1]);
 
-	/* Pages that the CPU may only read can be there as well. */
+	/* Read-only pages can be in device memory as well. */
 	ASSERT_EQ(0, mprotect(p, length, PROT_READ));
-	ASSERT_LE(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	ASSERT_LE(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(-EPERM, run(self->fd, gpu_fill(p, 0x85, length)));
 	EXPECT_EQ(length / 2, cpu_unlike(p, 0x83, length / 2));
@@ -1063,7 +1151,7 @@ TEST_F(vram, mprotect_read)
 	EXPECT_EQ(0, stats_of(_metadata, self->fd).device_pages);
 }
 
-/* Pages that somebody else holds stay in RAM and are used there. */
+/* Pages with additional references stay in system memory and are used there. */
 TEST_F(vram, pinned)
 {
 	const size_t pages = 8, length = pages * page;
@@ -1077,7 +1165,7 @@ TEST_F(vram, pinned)
 	memset(p, 0xc1, length);
 	ASSERT_EQ((ssize_t)held.iov_len, vmsplice(pipes[1], &held, 1, 0));
 
-	EXPECT_EQ(pages - 4, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_EQ(pages - 4, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0xc2, length)));
 	EXPECT_EQ(pages - 4, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(4 * page, cpu_unlike(held.iov_base, 0xc2, 4 * page));
@@ -1085,7 +1173,7 @@ TEST_F(vram, pinned)
 	/* The pipe has the pages, not copies of them. */
 	ASSERT_EQ((ssize_t)held.iov_len, read(pipes[0], copy, held.iov_len));
 	EXPECT_EQ(4 * page, cpu_unlike(copy, 0xc2, 4 * page));
-	EXPECT_LE(4, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_LE(4, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(length, cpu_unlike(p, 0xc2, length));
 	munmap(p, length);
@@ -1094,7 +1182,7 @@ TEST_F(vram, pinned)
 	close(pipes[1]);
 }
 
-/* Locked memory may be there too. */
+/* Memory that is locked with mlock() can be in device memory as well. */
 TEST_F(vram, mlock)
 {
 	const size_t length = 8 * page;
@@ -1116,12 +1204,17 @@ TEST_F(vram, mlock)
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0xd2, length)));
 	ASSERT_EQ(0, munmap(p, length));
 
-	/* Each CPU puts off a few pages that were locked, until it locks again. */
+	/*
+	 * The per-CPU batches of mlock() hold references to a few pages until
+	 * they are drained.
+	 */
 	ASSERT_EQ(0, mlock(self->result, page));
 	EXPECT_EQ(0, stats_of(_metadata, self->fd).device_pages);
 }
 
-/* Advice on memory that is there, which says nothing of its bytes. */
+/*
+ * Kinds of madvise() that must not change the contents of memory on the device.
+ */
 TEST_F(vram, madvise)
 {
 	const int advice[] = { MADV_COLD, MADV_PAGEOUT, MADV_WILLNEED, MADV_RANDOM, MADV_NORMAL };
@@ -1138,7 +1231,10 @@ TEST_F(vram, madvise)
 		EXPECT_EQ(length, cpu_unlike(p, i + 1, length)) TH_LOG("advice %d", advice[i]);
 	}
 
-	/* What may be discarded, may not after it was written again. */
+	/*
+	 * After MADV_FREE, a device write must keep the page from being
+	 * discarded.
+	 */
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0xe1, length)));
 	ASSERT_EQ(0, madvise(p, length, MADV_FREE));
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0xe2, length)));
@@ -1147,7 +1243,10 @@ TEST_F(vram, madvise)
 	EXPECT_EQ(0, stats_of(_metadata, self->fd).device_pages);
 }
 
-/* A prefetch faults nothing: it neither asks a handler in user space nor goes past it. */
+/*
+ * A prefetch does not fault: it neither calls a userfaultfd handler nor
+ * bypasses it.
+ */
 TEST_F(vram, prefetch_userfault)
 {
 	const size_t length = 4 * page;
@@ -1159,14 +1258,42 @@ TEST_F(vram, prefetch_userfault)
 	ASSERT_NE(MAP_FAILED, p);
 	memset(p, 0x21, page);
 	ASSERT_EQ(0, uffd_register(uffd, p, length));
-	EXPECT_EQ(1, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_DEVICE));
-	EXPECT_EQ(1, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
+	EXPECT_EQ(1, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(1, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
 	EXPECT_EQ(page, cpu_unlike(p, 0x21, page));
 	close(uffd);
 	munmap(p, length);
 }
 
-/* A child that ends with pages on the device, by itself or not. */
+/*
+ * Memory of which each access is to be reported (userfaultfd RWP) does not
+ * migrate: a migration asks no handler.
+ */
+TEST_F(vram, memory_with_reported_accesses_stays)
+{
+	const size_t length = 4 * page;
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_RWP };
+	struct uffdio_register reg = {
+		.range = { .start = gpu_addr(p), .len = length },
+		.mode = UFFDIO_REGISTER_MODE_RWP,
+	};
+	int uffd = uffd_open();
+
+	ASSERT_NE(MAP_FAILED, p);
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
+		SKIP(return, "no userfaultfd with RWP");
+	memset(p, 0x22, length);
+	ASSERT_EQ(0, ioctl(uffd, UFFDIO_REGISTER, &reg));
+	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
+	ASSERT_EQ(0, ioctl(uffd, UFFDIO_UNREGISTER, &reg.range));
+	EXPECT_EQ(4, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(length, cpu_unlike(p, 0x22, length));
+	close(uffd);
+	munmap(p, length);
+}
+
+/* A child exits, or is killed, with pages on the device. */
 static void expect_pages_gone(struct __test_metadata *_metadata, size_t length, bool busy,
 			      bool killed)
 {
@@ -1220,13 +1347,13 @@ TEST_F(vram, killed)
 	expect_pages_gone(_metadata, 64 * page, false, true);
 }
 
-/* In the middle of commands that move and evict all the time. */
+/* A child is killed during commands that migrate and evict all the time. */
 TEST_F(vram, killed_in_command)
 {
 	expect_pages_gone(_metadata, self->size + BUFFER, true, true);
 }
 
-/* The memory stays where it is, and what it is. */
+/* When the file is closed, pages stay on the device with their contents. */
 TEST_F(vram, file_closed)
 {
 	const size_t pages = 64, length = pages * page;
@@ -1239,7 +1366,7 @@ TEST_F(vram, file_closed)
 	ASSERT_EQ(0, close(fd));
 	if (before >= 0)
 		EXPECT_EQ(before + (int64_t)pages, instance_pages());
-	/* Its entries in a page table are gone with it. */
+	/* The entries in the page table of the file are gone. */
 	EXPECT_EQ(mapped, instance_counter(0, "pages_mapped"));
 	EXPECT_EQ(4 * page, cpu_unlike(p, 0x91, 4 * page));
 
@@ -1254,7 +1381,7 @@ TEST_F(vram, file_closed)
 	munmap(p, length);
 }
 
-/* Whichever device has the memory, the other gets what is in it. */
+/* One device can access pages in the memory of the other; they migrate. */
 TEST_F(vram, two_devices)
 {
 	const size_t length = 300 * page, n = length / sizeof(uint64_t);
@@ -1272,15 +1399,18 @@ TEST_F(vram, two_devices)
 		ASSERT_EQ(n * (0x0101010101010101ULL << i),
 			  vram_sum(self->fd, self->result, p, length));
 		EXPECT_LE(0, prefetch_all(i & 1 ? fd : self->fd, p, length,
-					  DUMMY_GPU_PLACE_DEVICE));
+					  DUMMY_GPU_LOCATION_DEVICE));
 	}
 	for (size_t i = 0; i < n; i++)
 		ASSERT_EQ(0x2020202020202020ULL, p[i]);
 
-	/* To RAM from one means nothing to the other. */
-	ASSERT_EQ(length / page, prefetch_all(fd, p, length, DUMMY_GPU_PLACE_DEVICE));
-	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
-	EXPECT_EQ(length / page, prefetch_all(fd, p, length, DUMMY_GPU_PLACE_SYSTEM));
+	/*
+	 * A prefetch to system memory on one device does not move pages of the
+	 * other.
+	 */
+	ASSERT_EQ(length / page, prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
+	EXPECT_EQ(length / page, prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_SYSTEM));
 	EXPECT_EQ(n * 0x2020202020202020ULL, cpu_sum(p, length));
 	munmap(p, length);
 	close(fd);
@@ -1316,10 +1446,10 @@ TEST_F(vram, system_calls)
 	EXPECT_EQ(page, cpu_unlike(p + 9 * page - 1, 0xa3, page));
 	EXPECT_EQ(5 * page + 1, cpu_unlike(p + 10 * page - 1, 0xa2, 5 * page + 1));
 
-	/* And the device sees it all. */
+	/* The device sees the same bytes. */
 	EXPECT_EQ(cpu_sum((uint64_t *)p, length), vram_sum(self->fd, self->result, p, length));
 
-	/* A pipe between two ranges that are both there. */
+	/* Through a pipe, from one range in device memory to another. */
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0xa4, length)));
 	ASSERT_EQ((ssize_t)page, write(pipes[1], p + 11, page));
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 0xa5, length)));
@@ -1369,7 +1499,10 @@ TEST_F(vram, access_by_parent)
 	}
 	close(ready[1]);
 	ASSERT_EQ(0, token_wait(ready[0]));
-	/* Not every kernel has this; if it works here, then there. */
+	/*
+	 * Not every kernel has process_vm_readv(). Try it on this process
+	 * first.
+	 */
 	if (process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == (ssize_t)length) {
 		EXPECT_EQ((ssize_t)length, process_vm_readv(pid, &local, 1, &remote, 1, 0));
 		EXPECT_EQ(length, cpu_unlike(copy, 0xb1, length));
@@ -1392,8 +1525,8 @@ TEST_F(vram, access_by_parent)
 }
 
 /*
- * fork(): pages on the device are shared as those in RAM are. The device must not
- * write to one that somebody else has too.
+ * fork() shares pages on the device as it shares pages in system memory. The
+ * device must not write to a page that another process shares.
  */
 FIXTURE(vram_fork)
 {
@@ -1445,12 +1578,15 @@ FIXTURE_TEARDOWN(vram_fork)
 	close(self->fd);
 }
 
-/* One side's bytes, as its CPU and, if it has one, its device see them; or else the code. */
+/*
+ * Checks the bytes of one side, by its device (if any) and its CPU. 0, or code
+ * if they differ.
+ */
 static int expect_side(int fd, const uint8_t *p, uint8_t value, size_t length, int code)
 {
 	uint64_t sum;
 
-	/* The device first, to have it see the pages where they are. */
+	/* The device first, since a CPU access would migrate the pages. */
 	if (fd >= 0 && (run(fd, gpu_unary(DUMMY_GPU_OP_SUM, &sum, p, length)) ||
 			sum != sum_of(value, length)))
 		return code;
@@ -1544,7 +1680,7 @@ TEST_F(vram_fork, child_cpu_writes)
 	EXPECT_EQ(0, expect_side(self->fd, self->p, 6, self->length, 1));
 }
 
-/* A page that two processes have is moved from under both. */
+/* A page that two processes share migrates. */
 TEST_F(vram_fork, shared_page_moves)
 {
 	pid_t pid = fork();
@@ -1554,25 +1690,28 @@ TEST_F(vram_fork, shared_page_moves)
 		int fd = gpu_open(GPU_DEVICE);
 
 		CHILD_EXPECT(token_wait(self->go[0]) ? 1 : 0);
-		if (fd < 0 || prefetch_all(fd, self->p, self->length, DUMMY_GPU_PLACE_SYSTEM) < 0)
+		if (fd < 0 || prefetch_all(fd, self->p, self->length, DUMMY_GPU_LOCATION_SYSTEM) < 0)
 			_exit(2);
 		CHILD_EXPECT(token_send(self->done[1]) || token_wait(self->go[0]) ? 3 : 0);
 		CHILD_EXPECT(expect_side(fd, self->p, 1, self->length, 4));
 		_exit(0);
 	}
 	close(self->done[1]);
-	EXPECT_LE(0, prefetch_all(self->fd, self->p, self->length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_LE(0, prefetch_all(self->fd, self->p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 	ASSERT_EQ(0, token_send(self->go[1]));
 	ASSERT_EQ(0, token_wait(self->done[0]));
 	EXPECT_EQ(0, expect_side(self->fd, self->p, 1, self->length, 1));
-	EXPECT_LE(0, prefetch_all(self->fd, self->p, self->length, DUMMY_GPU_PLACE_DEVICE));
+	EXPECT_LE(0, prefetch_all(self->fd, self->p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(0, run(self->fd, gpu_fill(self->p, 7, self->length)));
 	ASSERT_EQ(0, token_send(self->go[1]));
 	EXPECT_EQ(0, wait_child(pid, 10));
 	EXPECT_EQ(0, expect_side(self->fd, self->p, 7, self->length, 1));
 }
 
-/* The child is gone before anybody writes: the pages are the parent's alone again. */
+/*
+ * The child exits before anybody writes, so the pages belong to the parent
+ * alone again.
+ */
 TEST_F(vram_fork, child_is_gone)
 {
 	pid_t pid = fork();
@@ -1590,8 +1729,8 @@ TEST_F(vram_fork, child_is_gone)
 }
 
 /*
- * Threads. In each page the device has one half, and each CPU thread a word of its
- * own; a thread moves the pages to and fro.
+ * Threads. In each page, the device writes to one half and each CPU thread to a
+ * word of its own, while another thread moves the pages back and forth.
  */
 #define SHARED_PAGES	48
 
@@ -1629,7 +1768,7 @@ static void *count_thread(void *arg)
 
 static void *move_thread(void *arg)
 {
-	const enum dummy_gpu_place place[] = { DUMMY_GPU_PLACE_DEVICE, DUMMY_GPU_PLACE_SYSTEM };
+	const enum dummy_gpu_location location[] = { DUMMY_GPU_LOCATION_DEVICE, DUMMY_GPU_LOCATION_SYSTEM };
 	struct sharer *s = arg;
 	uint64_t seed = s->index;
 
@@ -1637,7 +1776,7 @@ static void *move_thread(void *arg)
 		size_t first = cpu_random(&seed) % SHARED_PAGES;
 		size_t pages = 1 + cpu_random(&seed) % (SHARED_PAGES - first);
 		int64_t moved = prefetch_all(s->fd, s->p + first * page, pages * page,
-					     place[s->rounds++ % 2]);
+					     location[s->rounds++ % 2]);
 
 		if (moved < 0)
 			s->err = moved;
@@ -1646,7 +1785,7 @@ static void *move_thread(void *arg)
 	return NULL;
 }
 
-/* A round of the device, on its halves: what it reads there is what it wrote. */
+/* One round of the device on its halves: it must read what it wrote. */
 static int device_round(int fd, uint64_t *result, uint8_t *p, uint8_t value)
 {
 	struct dummy_gpu_command commands[2 * SHARED_PAGES];
@@ -1691,13 +1830,19 @@ TEST_F(vram, threads)
 	clock_gettime(CLOCK_MONOTONIC, &start);
 	do {
 		err = device_round(self->fd, self->result, p, ++value);
-		/* The CPU sees the same as the device, in a page at a time. */
+		/*
+		 * The CPU must see the same bytes as the device. One page in
+		 * each round.
+		 */
 		if (!err && cpu_unlike(p + value % SHARED_PAGES * page + page / 2, value,
 				       page / 2) != page / 2)
 			err = -EILSEQ;
 		clock_gettime(CLOCK_MONOTONIC, &now);
 		seconds = now.tv_sec - start.tv_sec;
-		/* A slow kernel takes its time until pages have moved in each way. */
+		/*
+		 * In a slow kernel it takes a while until pages have moved in
+		 * each direction.
+		 */
 		stats = stats_of(_metadata, self->fd);
 	} while (!err && (seconds < 2 || (seconds < 20 && !stats.pages_to_system)));
 
@@ -1712,16 +1857,17 @@ TEST_F(vram, threads)
 		EXPECT_EQ(page / 2, cpu_unlike(p + i * page + page / 2, value, page / 2));
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_LT(SHARED_PAGES, stats.pages_to_device);
-	EXPECT_LT(0, stats.pages_touched);
+	EXPECT_LT(0, stats.pages_cpu_faulted);
 	EXPECT_LT(0, stats.pages_to_system);
 	munmap(p, length);
 }
 
 /*
- * Two device threads write one page of device memory a byte at a time: one the even
- * bytes upwards, the other the odd bytes downwards, in all of the page or in smaller
- * and smaller parts of it. So at least once in each round the two write different
- * bytes of the same word at about the same time. A round is one submission for each.
+ * Two device threads write to one page of device memory, one byte at a time:
+ * one thread writes the even bytes upwards, the other the odd bytes downwards,
+ * in all of the page or in smaller and smaller parts of it. So at least once in
+ * each round the two write different bytes of the same word at about the same
+ * time. A round is one submission for each.
  */
 #define WRITER_BYTES	1024UL
 
@@ -1791,7 +1937,7 @@ TEST_F(vram, writers_of_one_word)
 	ASSERT_EQ(0, pthread_join(thread, NULL));
 	EXPECT_EQ(0, even.err);
 	EXPECT_EQ(0, odd.err);
-	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_touched);
+	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_cpu_faulted);
 	munmap(p, page);
 	pthread_barrier_destroy(&barrier);
 }

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! [`DevicePool`], through which a driver owns its pool, and mirrors for devices that have one.
+
+use super::{
+    callback::Callback,
+    cpu_fault,
+    evict::{
+        close,
+        evict_all, //
+    },
+    mirror::Mirror,
+    pool::{
+        self,
+        Pool, //
+    },
+    pool_ops::{
+        Ops,
+        PoolOps, //
+    },
+    region::MirrorOps, //
+};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop, //
+};
+use kernel::{
+    bindings,
+    prelude::*,
+    sync::Arc, //
+};
+
+static PAGEMAP_OPS: bindings::dev_pagemap_ops = bindings::dev_pagemap_ops {
+    folio_free: Some(pool::folio_free),
+    migrate_to_ram: Some(cpu_fault::migrate_to_ram),
+    memory_failure: None,
+    folio_split: None,
+};
+
+kernel::sync::global_lock! {
+    // All pools that have not ended.
+    //
+    // SAFETY: `rust_hmm_init()` initialises the lock before any driver can use it.
+    unsafe(uninit) static POOLS: Mutex<KVec<Arc<Pool>>> = KVec::new();
+}
+
+/// Initialises the list of pools. Called at boot, before the initcalls of drivers.
+///
+/// # Safety
+///
+/// This must be called once, before anything else of the crate is used.
+#[no_mangle]
+unsafe extern "C" fn rust_hmm_init() {
+    // SAFETY: The caller calls this once, and before `POOLS` is used (see the # Safety section).
+    unsafe { POOLS.init() };
+}
+
+/// Ends the pools that `module` has leaked. Called after the module's exit function, and before its
+/// code is freed.
+///
+/// # Safety
+///
+/// `module` is not null.
+#[no_mangle]
+pub(crate) unsafe extern "C" fn rust_hmm_module_going(module: *mut bindings::module) {
+    while let Some(pool) = unlist(|pool| core::ptr::eq(pool.module(), module)) {
+        pr_warn!("{}: the driver has leaked its pool\n", pool.name());
+        close(&pool);
+    }
+}
+
+/// Removes a pool for which `is_meant` is true from the list of pools, and returns it.
+fn unlist(is_meant: impl Fn(&Pool) -> bool) -> Option<Arc<Pool>> {
+    let mut pools = POOLS.lock();
+    let index = pools.iter().position(|pool| is_meant(pool))?;
+    pools.remove(index).ok()
+}
+
+/// Memory of a device, as `struct page`s that anonymous memory can migrate to.
+///
+/// A pool starts empty, and grows by chunks when pages migrate to it. When it is full, those pages
+/// are evicted that migrated to it first.
+///
+/// Dropping a pool ends it: no more pages migrate to it, all pages in use are migrated back to
+/// system memory, and the struct pages are freed. The processes do not notice. The drop waits while
+/// somebody has a page locked or has a reference to it, while there is no memory, and while
+/// [`PoolOps::copy`] fails, because the data of processes must not be lost. Drop a pool only where
+/// sleeping is allowed, and with no lock held that [`PoolOps`] takes.
+///
+/// A pool that is leaked, or dropped in a callback or closure that this crate runs, ends with its
+/// module: all of the above then happens after the module's exit function.
+pub struct DevicePool<T: PoolOps> {
+    pool: ManuallyDrop<Arc<Pool>>,
+    // This makes `T` invariant, so that a pool is never used as one with other page data.
+    _ops: PhantomData<fn(T) -> T>,
+}
+
+impl<T: PoolOps> DevicePool<T> {
+    /// Creates a pool that can grow to `max_chunks` chunks of `chunk_pages` pages each. `module` is
+    /// the module that contains the code of `ops`: `this_module::<crate::LocalModule>()`.
+    ///
+    /// All of the device's memory belongs to the pool. Nobody else may use any of it.
+    ///
+    /// # Errors
+    ///
+    /// - [`EINVAL`] if there are no chunks, if `chunk_pages` is not a multiple of 512, or if there
+    ///   are `u32::MAX` or more pages in all.
+    /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
+    /// - [`ENOMEM`].
+    #[inline]
+    pub fn new(
+        module: &'static ThisModule,
+        name: &'static CStr,
+        ops: Arc<T>,
+        chunk_pages: usize,
+        max_chunks: usize,
+    ) -> Result<Self> {
+        Ok(Self {
+            pool: ManuallyDrop::new(pool_new(module, name, ops, chunk_pages, max_chunks)?),
+            _ops: PhantomData,
+        })
+    }
+
+    /// Migrates all pages in use back to system memory, for example before the device loses power.
+    ///
+    /// Other pages may migrate to the device meanwhile. The driver must prevent this.
+    ///
+    /// # Context
+    ///
+    /// Sleeps. The caller holds no lock that [`PoolOps`] takes.
+    ///
+    /// # Errors
+    ///
+    /// - [`EBUSY`] if some pages are still in use because somebody has references to them.
+    /// - [`ENOMEM`], and those of [`PoolOps::copy`], if pages are still in use for this reason.
+    /// - [`EINTR`] on a fatal signal.
+    /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
+    #[inline]
+    pub fn evict(&self) -> Result {
+        pool_evict(&self.pool)
+    }
+
+    #[inline]
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+}
+
+impl<T: PoolOps> Drop for DevicePool<T> {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: This is the destructor: nothing uses the field after this.
+        pool_drop(unsafe { ManuallyDrop::take(&mut self.pool) });
+    }
+}
+
+impl Mirror {
+    /// Creates a mirror of the current task's address space, for a device that has memory of its
+    /// own.
+    ///
+    /// Pages in the memory of the device get entries like other pages. Apart from that this is like
+    /// [`Mirror::new`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Mirror::new`].
+    #[inline]
+    pub fn new_with_pool<T: PoolOps>(
+        module: &'static ThisModule,
+        ops: Arc<dyn MirrorOps>,
+        pool: &DevicePool<T>,
+    ) -> Result<Self> {
+        mirror_new_with_pool(module, ops, pool.pool())
+    }
+}
+
+#[inline(never)]
+#[export_name = "rust_hmm_pool_new"]
+fn pool_new(
+    module: &'static ThisModule,
+    name: &'static CStr,
+    ops: Arc<dyn Ops>,
+    chunk_pages: usize,
+    max_chunks: usize,
+) -> Result<Arc<Pool>> {
+    Callback::refuse()?;
+    let pool = Pool::new(
+        &PAGEMAP_OPS,
+        module.as_ptr(),
+        name,
+        ops,
+        chunk_pages,
+        max_chunks,
+    )?;
+    POOLS.lock().push(pool.clone(), GFP_KERNEL)?;
+    Ok(pool)
+}
+
+#[inline(never)]
+#[export_name = "rust_hmm_pool_evict"]
+fn pool_evict(pool: &Arc<Pool>) -> Result {
+    Callback::refuse()?;
+    evict_all(pool)
+}
+
+#[inline(never)]
+#[export_name = "rust_hmm_pool_drop"]
+fn pool_drop(pool: Arc<Pool>) {
+    if Callback::is_running() {
+        // Ending the pool waits for pages that this task may have locked.
+        pr_warn!(
+            "{}: dropped in a call by the core, stays until its module goes\n",
+            pool.name()
+        );
+        return;
+    }
+    close(&pool);
+    drop(unlist(|other| core::ptr::eq(other, &*pool)));
+}
+
+#[inline(never)]
+#[export_name = "rust_hmm_mirror_new_with_pool"]
+fn mirror_new_with_pool(
+    module: &'static ThisModule,
+    ops: Arc<dyn MirrorOps>,
+    pool: &Arc<Pool>,
+) -> Result<Mirror> {
+    Mirror::with(module, ops, Some(pool.clone()))
+}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Eviction: migrates pages of a device's memory back to system memory, to make room, on request,
+//! and at the end of a pool.
+
+use super::{
+    copy::PageCopy,
+    folio::Effort,
+    migrate_vma::{
+        drain,
+        Arrays,
+        Collected,
+        BATCH, //
+    },
+    pool::{
+        Pool,
+        Reservation, //
+    },
+    pool_ops::MigrateReason, //
+};
+use kernel::{
+    prelude::*,
+    sync::Arc,
+    time::{
+        delay::fsleep,
+        Delta,
+        Instant,
+        Monotonic, //
+    }, //
+};
+
+kernel::declare_trace! {
+    /// # Safety
+    ///
+    /// Always safe to call.
+    unsafe fn hmm_pool_full(wanted: c_ulong);
+}
+
+/// Migrates those of the device's pages `pfns` that can move to system memory, allocated with
+/// `effort`. Returns the number of pages that moved.
+///
+/// # Errors
+///
+/// [`ENOMEM`] and those of the driver, if no page moved for this reason.
+///
+/// # Safety
+///
+/// The pfns are of chunks of `pool`, which are not freed meanwhile. There are at most [`BATCH`].
+pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort) -> Result<usize> {
+    let pages = pfns.len();
+    let (mut dst, mut copies) = ([0; BATCH], [PageCopy::NONE; BATCH]);
+    let arrays = Arrays {
+        src: pfns,
+        dst: &mut dst,
+        copies: &mut copies,
+    };
+    // SAFETY: The pfns are of chunks of `pool`, which are not freed meanwhile (see the # Safety
+    // section).
+    let collected = unsafe { Collected::pfns(pool, arrays, pages) };
+    let committed = collected.copy(effort, None)?.commit(MigrateReason::Evict);
+    Ok(committed.pages())
+}
+
+/// Evicts up to `most` pages, and at most a batch, of those that migrated to the device first. The
+/// new pages are allocated with `effort`. Returns the number of pages that moved, or `None` if no
+/// page is in use.
+///
+/// The caller makes sure that the pool does not end meanwhile.
+///
+/// # Errors
+///
+/// [`ENOMEM`] and those of the driver, if no page moved for this reason.
+fn evict(pool: &Pool, effort: Effort, most: usize) -> Result<Option<usize>> {
+    let mut pfns = [0; BATCH];
+    let pfns = &mut pfns[..most.min(BATCH)];
+    let count = pool.rotate_oldest(pfns);
+    if count == 0 {
+        return Ok(None);
+    }
+    // SAFETY: The pfns are of pages in use, so of chunks of `pool`, and there are at most `BATCH`.
+    // The caller makes sure that the pool does not end, so the chunks are not freed.
+    unsafe { evict_pfns(pool, &mut pfns[..count], effort) }.map(Some)
+}
+
+/// Evicts pages to make room for `wanted` pages. Returns whether there is room for at least one.
+fn make_room(pool: &Pool, wanted: usize) -> bool {
+    let mut made = 0;
+    // Bound the tries: if somebody has references to many of the pages, do not try all pages.
+    let mut tries = wanted / BATCH + 8;
+    while made < wanted && tries > 0 && !kernel::current!().fatal_signal_pending() {
+        match evict(pool, Effort::Try, wanted - made) {
+            Ok(Some(0)) => drain(),
+            Ok(Some(evicted)) => made += evicted,
+            // All pages are migrating already, or there is no system memory.
+            Ok(None) | Err(ENOMEM) => break,
+            // The device cannot copy these pages: try others.
+            Err(_) => {}
+        }
+        tries -= 1;
+    }
+    made != 0
+}
+
+/// Reserves `wanted` pages of the pool: free ones, else those of a new chunk, else those that are
+/// freed by evicting the pages that migrated to the device first. May reserve fewer, but not none.
+/// If `wanted` is zero, reserves nothing, but adds a chunk if there is no free page.
+///
+/// `pfns` has an element for each page, and for those that [`Reservation::fill`] takes later.
+///
+/// # Context
+///
+/// Sleeps. The caller holds neither `mmap_lock` nor the lock of a page.
+///
+/// # Errors
+///
+/// [`ENOMEM`] if pages are wanted and none can be reserved, [`EINTR`] on a fatal signal.
+pub(crate) fn reserve<'a>(
+    pool: &'a Arc<Pool>,
+    pfns: &'a mut [usize],
+    wanted: usize,
+) -> Result<Reservation<'a>> {
+    /// Another task may take the pages that this task has freed. Give up after so many rounds.
+    const ROUNDS: usize = 16;
+
+    let mut reservation = Reservation::new(pool, pfns);
+    if wanted == 0 {
+        if !pool.can_alloc() {
+            Pool::grow(pool);
+        }
+        return Ok(reservation);
+    }
+    for _ in 0..ROUNDS {
+        if kernel::current!().fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        reservation.fill(wanted);
+        let missing = wanted - reservation.taken();
+        if missing == 0 || !(Pool::grow(pool) || make_room(pool, missing)) {
+            break;
+        }
+    }
+    if reservation.taken() == 0 {
+        // SAFETY: Always safe to call.
+        unsafe { hmm_pool_full(wanted) };
+        return Err(ENOMEM);
+    }
+    Ok(reservation)
+}
+
+/// Migrates all pages in use back to system memory. The number of tries is bounded.
+///
+/// # Errors
+///
+/// [`EBUSY`] if some pages are still in use, [`ENOMEM`], [`EINTR`] on a fatal signal, and those of
+/// the driver.
+pub(crate) fn evict_all(pool: &Pool) -> Result {
+    let mut result = Ok(());
+    for _ in 0..pool.used_pages() / BATCH + 8 {
+        if kernel::current!().fatal_signal_pending() {
+            return Err(EINTR);
+        }
+        match evict(pool, Effort::Reclaim, BATCH) {
+            Ok(None) => break,
+            Ok(Some(0)) => drain(),
+            Ok(Some(_)) => {}
+            // Reclaim has failed and would also fail for the next batch.
+            Err(ENOMEM) => return Err(ENOMEM),
+            Err(err) => result = Err(err),
+        }
+    }
+    match pool.used_pages() {
+        0 => Ok(()),
+        _ => result.and(Err(EBUSY)),
+    }
+}
+
+/// Ends the pool: stops the allocation of pages, migrates those in use back to system memory, and
+/// frees the chunks.
+///
+/// This waits for as long as it takes, because the pages contain data of processes.
+pub(crate) fn close(pool: &Pool) {
+    const REPORT: Delta = Delta::from_secs(10);
+    const MAX_PAUSE: Delta = Delta::from_secs(1);
+
+    pool.stop();
+    let mut since = Instant::<Monotonic>::now();
+    let mut pause = Delta::from_millis(1);
+    loop {
+        let mut result = Ok(());
+        for _ in 0..=pool.used_pages() / BATCH {
+            let evicted = evict(pool, Effort::NoFail, BATCH);
+            result = result.and(evicted.map(drop));
+        }
+        let used = pool.used_pages();
+        if used == 0 {
+            break;
+        }
+        if result.is_ok() {
+            drain();
+        }
+        if since.elapsed() > REPORT {
+            match result {
+                Ok(()) => pr_warn!("{}: {} pages are still in use\n", pool.name(), used),
+                Err(err) => pr_warn!("{}: {} pages left: {:?}\n", pool.name(), used, err),
+            }
+            since = Instant::now();
+        }
+        // Back off, so that a dead device does not keep a CPU busy.
+        fsleep(pause);
+        pause = (pause * 2).min(MAX_PAUSE);
+    }
+    pool.free_chunks();
+}

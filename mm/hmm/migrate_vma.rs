@@ -1,0 +1,630 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The states of a migration between system memory and a device's memory.
+//!
+//! mm does the migration: it locks and unmaps pages, and later maps either the destinations or the
+//! original pages. Between these steps the driver copies the data. The states are types:
+//!
+//! ```text
+//!                  migrate_vma_setup() or migrate_device_pfns()
+//!                         |
+//!                         v
+//!                     Collected    locked and unmapped            --drop--> mapped where they were
+//!                         | copy()    PoolOps::copy()
+//!                         v
+//!                      Copied      the destinations hold the data --drop--> mapped where they were
+//!                         | commit()  migrate_vma_pages()
+//!                         v
+//!                     Committed    says how many moved            --drop--> mapped where they are
+//! ```
+//!
+//! Dropping a state always maps the pages again, once, with `migrate_vma_finalize()` or
+//! `migrate_device_finalize()`. Pages that were not copied stay where they were.
+//!
+//! C header: [`include/linux/migrate.h`](srctree/include/linux/migrate.h)
+
+use super::{
+    callback::Callback,
+    copy::{
+        CopyBatch,
+        PageCopy, //
+    },
+    folio::{
+        Effort,
+        NewFolio, //
+    },
+    pool::{
+        address_of,
+        data_of,
+        Pool,
+        Reservation, //
+    },
+    pool_ops::{
+        MigrateReason,
+        RawData, //
+    },
+    range::PageRange,
+    slots::Node, //
+};
+use core::{
+    cell::Cell,
+    marker::PhantomData,
+    ops::Range,
+    ptr::null_mut, //
+};
+use kernel::{
+    bindings,
+    error::to_result,
+    mm::virt::VmaRef,
+    page::PAGE_SHIFT,
+    prelude::*, //
+};
+
+/// What a migration to the device does with holes: addresses in anonymous memory where no page is
+/// mapped or swapped out.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Holes {
+    /// Leaves holes as they are, and mappings of the shared zero page too. This suits a read by the
+    /// device, since a read by the CPU does not allocate a page either.
+    Keep,
+    /// Populates holes with zeroed pages in the memory of the device.
+    Populate,
+}
+
+/// The most pages that migrate together if the arrays are on the stack.
+pub(crate) const BATCH: usize = 16;
+
+/// The arrays that a migration needs, with one element for each page.
+pub(crate) struct Arrays<'a> {
+    pub(crate) src: &'a mut [usize],
+    pub(crate) dst: &'a mut [usize],
+    pub(crate) copies: &'a mut [PageCopy],
+}
+
+impl Arrays<'_> {
+    /// The number of pages that all arrays have room for.
+    fn len(&self) -> usize {
+        self.src.len().min(self.dst.len()).min(self.copies.len())
+    }
+}
+
+/// How the pages were found. This decides which functions of mm map them again.
+enum Found<'a> {
+    /// By address, with `mmap_lock` held: `migrate_vma_*()`.
+    Vma(&'a VmaRef, bindings::migrate_vma),
+    /// By pfn: `migrate_device_*()`.
+    Pfns,
+}
+
+/// Pages that are locked and unmapped, and the pages that will replace them.
+///
+/// # Invariants
+///
+/// - The first `pages` elements of `src` are as `migrate_vma_setup()` or `migrate_device_pfns()`
+///   left them, apart from the changes of `migrate_*_pages()`.
+/// - Each of these elements of `dst` is zero or a [`NewFolio`]. If `moved` is set, the folio holds
+///   the data of the page in `src`.
+struct Locked<'a> {
+    /// The pool that the pages come from, or go to.
+    pool: &'a Pool,
+    found: Found<'a>,
+    arrays: Arrays<'a>,
+    pages: usize,
+    /// Whether `migrate_*_pages()` was called.
+    moved: bool,
+}
+
+impl Locked<'_> {
+    /// Whether page `i` is to migrate. After `migrate_*_pages()`, a page that has a destination and
+    /// still migrates has moved.
+    fn migrates(&self, i: usize) -> bool {
+        self.arrays.src[i] & bindings::MIGRATE_PFN_MIGRATE as usize != 0
+    }
+
+    /// The source page `i`, or null for a hole and for a page that was not collected.
+    fn src_page(&self, i: usize) -> *mut bindings::page {
+        // SAFETY: migrate_pfn_to_page() returns null for an element without MIGRATE_PFN_VALID,
+        // which a hole does not have. With this flag, the element is a valid pfn from mm.
+        unsafe { bindings::migrate_pfn_to_page(self.arrays.src[i]) }
+    }
+
+    /// The destination page of page `i`, or null.
+    fn dst_page(&self, i: usize) -> *mut bindings::page {
+        // SAFETY: The type invariants say that the element is zero or a `NewFolio`, whose pfn is
+        // valid.
+        unsafe { bindings::migrate_pfn_to_page(self.arrays.dst[i]) }
+    }
+
+    /// Frees the destination of page `i`, if it has one.
+    fn forget_dst(&mut self, i: usize) {
+        let mpfn = core::mem::take(&mut self.arrays.dst[i]);
+        // SAFETY: The type invariants say that the element is zero or a `NewFolio`. It has just
+        // been removed from the array, so nobody else uses it.
+        drop(unsafe { NewFolio::from_mpfn(mpfn) });
+    }
+
+    /// Calls the driver to copy the pages `which` of `copies` in one batch, if there are any.
+    ///
+    /// # Errors
+    ///
+    /// Those of the driver; [`EIO`] if it has not taken the whole batch, or has not written all of
+    /// the new memory.
+    fn copy(&mut self, which: Range<usize>, to_device: bool) -> Result {
+        let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
+        let written = Cell::new(0);
+        // SAFETY: The pages of system memory are either locked, unmapped and referenced by mm
+        // alone, or new. So nobody else accesses them, and they are not freed before `self` is
+        // dropped. Each page is in `copies` once. Each copy from the device has a page of system
+        // memory.
+        let mut batch = unsafe { CopyBatch::new(copies, to_device, &written) };
+        if !copies.is_empty() {
+            let _callback = Callback::begin();
+            self.pool.ops().copy(&mut batch)?;
+        }
+        let all = if to_device {
+            0
+        } else {
+            copies.len() << PAGE_SHIFT
+        };
+        match batch.next() {
+            None if written.get() == all => Ok(()),
+            _ => Err(EIO),
+        }
+    }
+
+    /// The VMA and the address of page `i`, if it was found by address.
+    fn address(&self, i: usize) -> Option<(&VmaRef, usize)> {
+        match &self.found {
+            Found::Vma(vma, args) => Some((vma, args.start + (i << PAGE_SHIFT))),
+            Found::Pfns => None,
+        }
+    }
+
+    /// Calls a function of mm: `vma` if the pages were found by address, else `device`.
+    fn call(
+        &mut self,
+        vma: unsafe extern "C" fn(*mut bindings::migrate_vma),
+        device: unsafe extern "C" fn(*mut usize, *mut usize, usize),
+    ) {
+        let (src, dst) = (self.arrays.src.as_mut_ptr(), self.arrays.dst.as_mut_ptr());
+        match &mut self.found {
+            Found::Vma(_, args) => {
+                (args.src, args.dst) = (src, dst);
+                // SAFETY: The type invariants say that the arrays are as the previous functions of
+                // the migration left them. mmap_lock has been held since `Collected::select()`,
+                // whose callers hold it for `'a`.
+                unsafe { vma(args) }
+            }
+            // SAFETY: The type invariants say that the arrays are as the previous functions of the
+            // migration left them.
+            Found::Pfns => unsafe { device(src, dst, self.pages) },
+        }
+    }
+}
+
+impl Drop for Locked<'_> {
+    /// Maps the pages again: those that have moved at their destination, the others where they
+    /// were.
+    fn drop(&mut self) {
+        if !self.moved {
+            // migrate_*_finalize() would map any destination that it finds, even without the data.
+            for i in 0..self.pages {
+                self.forget_dst(i);
+            }
+        }
+        self.call(
+            bindings::migrate_vma_finalize,
+            bindings::migrate_device_finalize,
+        );
+    }
+}
+
+/// The direction from system memory to the device.
+pub(crate) enum ToDevice {}
+
+/// The direction from the device to system memory.
+pub(crate) enum ToRam {}
+
+/// Pages that are locked and unmapped. If dropped, they are mapped where they were.
+///
+/// # Invariants
+///
+/// With [`ToDevice`], the pages that migrate are in system memory, or are holes. With [`ToRam`],
+/// they are of chunks of the pool, or are holes.
+pub(crate) struct Collected<'a, Way>(Locked<'a>, PhantomData<Way>);
+
+/// Pages whose destinations hold a copy of their data. If dropped, they are mapped where they were.
+///
+/// # Invariants
+///
+/// The sources are those of [`Collected`]. With [`ToDevice`], the destinations are of chunks of the
+/// pool. With [`ToRam`], they are in system memory.
+pub(crate) struct Copied<'a, Way>(Locked<'a>, PhantomData<Way>);
+
+/// Pages that have moved, as far as mm could move them. If dropped, they are mapped where they are
+/// now.
+pub(crate) struct Committed<'a> {
+    locked: Locked<'a>,
+    pages: usize,
+}
+
+impl<'a, Way> Collected<'a, Way> {
+    /// Whether page `i` was collected, or is a hole.
+    pub(crate) fn migrates(&self, i: usize) -> bool {
+        self.0.migrates(i)
+    }
+
+    /// Locks and unmaps the pages of `range` of `vma` that `select` names, by
+    /// `migrate_vma_setup()`.
+    ///
+    /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// - `mmap_lock` is held for `'a`.
+    /// - `select` names system memory if `Way` is [`ToDevice`], and device-private memory if it is
+    ///   [`ToRam`].
+    /// - `fault_page` is null, or a page of `pool` that is locked and referenced.
+    unsafe fn select(
+        pool: &'a Pool,
+        vma: &'a VmaRef,
+        range: PageRange,
+        select: bindings::migrate_vma_direction,
+        fault_page: *mut bindings::page,
+        arrays: Arrays<'a>,
+    ) -> Result<Self> {
+        if arrays.len() < range.pages() {
+            return Err(EINVAL);
+        }
+        let mut args = bindings::migrate_vma {
+            vma: vma.as_ptr(),
+            src: arrays.src.as_mut_ptr(),
+            dst: arrays.dst.as_mut_ptr(),
+            cpages: 0,
+            npages: 0,
+            start: range.start(),
+            end: range.end(),
+            pgmap_owner: pool.as_owner(),
+            flags: select as usize,
+            fault_page,
+        };
+        // SAFETY: The arrays have an element for each page. The caller holds mmap_lock, and
+        // `fault_page` is null or locked (see the # Safety section).
+        to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
+        // INVARIANT: migrate_vma_setup() has set both arrays, all destinations to zero. It has
+        // selected pages by where they are (see the # Safety section), and device-private pages
+        // also by the owner, which is a different one for each pool.
+        Ok(Self(
+            Locked {
+                pool,
+                pages: args.npages,
+                found: Found::Vma(vma, args),
+                arrays,
+                moved: false,
+            },
+            PhantomData,
+        ))
+    }
+}
+
+impl<'a> Collected<'a, ToDevice> {
+    /// Locks and unmaps the pages of system memory in `range` of `vma`, and collects the holes.
+    ///
+    /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// `mmap_lock` is held for `'a`.
+    pub(crate) unsafe fn at(
+        pool: &'a Pool,
+        vma: &'a VmaRef,
+        range: PageRange,
+        arrays: Arrays<'a>,
+    ) -> Result<Self> {
+        let select = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM;
+        // SAFETY: The caller holds mmap_lock for `'a` (see the # Safety section). `select` names
+        // system memory, and `fault_page` is null.
+        unsafe { Self::select(pool, vma, range, select, null_mut(), arrays) }
+    }
+
+    /// Whether page `i` should move to the device.
+    fn moves(&self, i: usize, holes: Holes) -> bool {
+        let src = self.0.src_page(i);
+        self.0.migrates(i)
+            && match src.is_null() {
+                true => holes == Holes::Populate,
+                // mm does not migrate file pages to device-private memory, but only finds that out
+                // after the copy, in migrate_vma_pages().
+                //
+                // SAFETY: A page that migrates is valid, and locked.
+                false => unsafe { bindings::PageAnon(src) },
+            }
+    }
+
+    /// Copies the pages to device pages of `reservation`, which takes free pages of the pool as far
+    /// as there are any. Zeroes the device memory for holes. A page stays where it is if `data`
+    /// fails for it. Also returns the number of pages that stay because no device page was left for
+    /// them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the driver, and [`EINVAL`] if `reservation` is of another pool. No page moves then.
+    pub(crate) fn copy(
+        mut self,
+        reservation: &mut Reservation<'_>,
+        holes: Holes,
+        data: &mut dyn FnMut() -> Result<RawData>,
+    ) -> Result<(Copied<'a, ToDevice>, usize)> {
+        if !reservation.is_of(self.0.pool) {
+            return Err(EINVAL);
+        }
+        let wanted = (0..self.0.pages).filter(|i| self.moves(*i, holes)).count();
+        reservation.fill(wanted);
+        let (mut count, mut short) = (0, 0);
+        for i in 0..self.0.pages {
+            if !self.moves(i, holes) {
+                continue;
+            }
+            if reservation.is_used_up() {
+                short += 1;
+                continue;
+            }
+            let callback = Callback::begin();
+            let data = data();
+            drop(callback);
+            let Some(folio) = data.ok().and_then(|data| reservation.folio(data)) else {
+                continue;
+            };
+            let locked = &mut self.0;
+            let src = locked.src_page(i);
+            let ram = match src.is_null() {
+                true => null_mut(),
+                // SAFETY: The page is valid. The type invariants say that it is in system memory.
+                false => unsafe { bindings::page_address(src) }.cast(),
+            };
+            locked.arrays.copies[count] = PageCopy {
+                // SAFETY: The page is of a chunk of the pool, since it comes from a reservation.
+                // `folio` has a reference to it.
+                device: unsafe { address_of(folio.page()) },
+                ram,
+                index: i,
+            };
+            count += 1;
+            // INVARIANT: The element is a `NewFolio` of the pool.
+            locked.arrays.dst[i] = folio.into_mpfn();
+        }
+        self.0.copy(0..count, true)?;
+        // INVARIANT: The sources are unchanged, and `dst` got only folios of `reservation`, which
+        // is of the same pool. The device has copied all of them.
+        Ok((Copied(self.0, PhantomData), short))
+    }
+}
+
+impl<'a> Collected<'a, ToRam> {
+    /// Locks and unmaps the pages of `pool` in `range` of `vma`.
+    ///
+    /// Pages that somebody else has locked or has a reference to are left alone, except
+    /// `fault_page` if it is not null. The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// `mmap_lock` is held for `'a`. `fault_page` is null, or a page of `pool` that is locked and
+    /// referenced.
+    pub(crate) unsafe fn at(
+        pool: &'a Pool,
+        vma: &'a VmaRef,
+        range: PageRange,
+        fault_page: *mut bindings::page,
+        arrays: Arrays<'a>,
+    ) -> Result<Self> {
+        let select = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
+        // SAFETY: The caller holds mmap_lock for `'a`, and `fault_page` is null or a locked and
+        // referenced page of `pool` (see the # Safety section). `select` names device-private
+        // memory.
+        unsafe { Self::select(pool, vma, range, select, fault_page, arrays) }
+    }
+
+    /// Locks and unmaps the pages of `pool` whose pfns are in the first `pages` elements of
+    /// `arrays.src`, wherever they are mapped.
+    ///
+    /// Pages that are free, or that somebody else has locked or has a reference to, are left alone.
+    /// The notifiers run.
+    ///
+    /// # Safety
+    ///
+    /// The first `pages` elements of `arrays.src` are pfns of chunks of `pool`, which are not freed
+    /// for `'a`.
+    pub(crate) unsafe fn pfns(pool: &'a Pool, arrays: Arrays<'a>, pages: usize) -> Self {
+        arrays.dst[..pages].fill(0);
+        // SAFETY: The array has `pages` elements, which are pfns with a struct page, since they are
+        // of chunks of the pool (see the # Safety section). migrate_device_pfns() never fails.
+        unsafe { bindings::migrate_device_pfns(arrays.src.as_mut_ptr(), pages) };
+        // INVARIANT: `dst` was cleared and migrate_device_pfns() has set `src`. The pages are of
+        // chunks of `pool` (see the # Safety section).
+        Self(
+            Locked {
+                pool,
+                found: Found::Pfns,
+                arrays,
+                pages,
+                moved: false,
+            },
+            PhantomData,
+        )
+    }
+
+    /// Copies the pages to new pages of system memory, allocated with `effort`. Pages that cannot
+    /// be allocated or copied stay where they are. But if this happens to page `need`, all pages
+    /// stay.
+    ///
+    /// Page `need` is allocated first, with [`Effort::Fault`].
+    ///
+    /// # Errors
+    ///
+    /// - Without `need`, only if no page can move: [`ENOMEM`] or the error of the driver.
+    /// - If page `need` cannot move: [`ENOMEM`] if there is no system memory for it, [`EAGAIN`] if
+    ///   the driver asks to try again, and [`EIO`] if it cannot copy the page.
+    pub(crate) fn copy(mut self, effort: Effort, need: Option<usize>) -> Result<Copied<'a, ToRam>> {
+        let locked = &mut self.0;
+        // If page `need` is gone meanwhile, there is no reason to migrate the others.
+        let comes = |i| i < locked.pages && locked.migrates(i) && !locked.src_page(i).is_null();
+        if need.is_some_and(|need| !comes(need)) {
+            // INVARIANT: All destinations are zero.
+            return Ok(Copied(self.0, PhantomData));
+        }
+        let mut count = 0;
+        let others = (0..locked.pages).filter(|i| Some(*i) != need);
+        for i in Iterator::chain(need.into_iter(), others) {
+            let src = locked.src_page(i);
+            // migrate_vma_setup() collects holes, whatever it was asked for.
+            if !locked.migrates(i) || src.is_null() {
+                continue;
+            }
+            // SAFETY: The type invariants say that the page is of a chunk of the pool. mm holds a
+            // lock and a reference on it.
+            let device = unsafe { address_of(src) };
+            // Two tasks may find the same page to evict, and the second may lock it when the first
+            // has migrated it already. The page has no node then, and does not get one while it is
+            // locked.
+            let Some(node) = locked.pool.node(device) else {
+                continue;
+            };
+            let effort = if Some(i) == need {
+                Effort::Fault
+            } else {
+                effort
+            };
+            let Some(folio) = NewFolio::alloc(effort, locked.address(i), node) else {
+                if count == 0 {
+                    return Err(ENOMEM);
+                }
+                break;
+            };
+            // SAFETY: The page of the new folio is valid.
+            let ram = unsafe { bindings::page_address(folio.page()) }.cast();
+            // INVARIANT: The element is a `NewFolio` in system memory.
+            locked.arrays.dst[i] = folio.into_mpfn();
+            locked.arrays.copies[count] = PageCopy {
+                device,
+                ram,
+                index: i,
+            };
+            count += 1;
+        }
+        if let Err(mut err) = locked.copy(0..count, false) {
+            // A single page may have made the batch fail: copy the pages one by one.
+            let mut copied = 0;
+            for n in 0..count {
+                let i = locked.arrays.copies[n].index;
+                let result = locked.copy(n..n + 1, false);
+                err = result.err().unwrap_or(err);
+                if result.is_ok() {
+                    copied += 1;
+                } else if Some(i) == need {
+                    return Err(if is_transient(err) { EAGAIN } else { EIO });
+                } else {
+                    locked.forget_dst(i);
+                }
+            }
+            if copied == 0 {
+                return Err(err);
+            }
+        }
+        // INVARIANT: The sources are unchanged. `dst` got only new folios in system memory, and
+        // those that were not copied are removed.
+        Ok(Copied(self.0, PhantomData))
+    }
+}
+
+impl<'a> Copied<'a, ToDevice> {
+    /// Moves the pages to the device. Those that have moved can be evicted from now on.
+    pub(crate) fn commit(self) -> Committed<'a> {
+        let committed = Committed::new(self.0);
+        let moved = committed.moved();
+        let pages = moved.filter_map(|i| {
+            // SAFETY: The type invariants of `Copied` say that the destinations are of chunks. They
+            // are locked and referenced until `committed` is dropped.
+            let address = unsafe { address_of(committed.locked.dst_page(i)) };
+            let src = committed.locked.src_page(i);
+            let nid = match src.is_null() {
+                // SAFETY: Always safe to call.
+                true => unsafe { bindings::numa_mem_id() },
+                // SAFETY: The source is locked and referenced until `committed` is dropped.
+                false => unsafe { bindings::page_to_nid(src) },
+            };
+            Some((address, Node::new(nid).ok()?))
+        });
+        committed.locked.pool.mark_used(pages);
+        committed
+    }
+}
+
+impl<'a> Copied<'a, ToRam> {
+    /// Moves the pages to system memory, and calls
+    /// [`PoolOps::migrated_to_ram`](super::PoolOps::migrated_to_ram) for those that have moved.
+    pub(crate) fn commit(self, reason: MigrateReason) -> Committed<'a> {
+        let committed = Committed::new(self.0);
+        let (locked, moved) = (&committed.locked, || committed.moved());
+        // SAFETY: The type invariants of `Copied` say that the sources are of chunks. They are
+        // locked and referenced until `committed` is dropped.
+        locked
+            .pool
+            .mark_unused(moved().map(|i| unsafe { address_of(locked.src_page(i)) }));
+        let _callback = Callback::begin();
+        for i in moved() {
+            // SAFETY: The type invariants of `Copied` say that the source is of a chunk of the
+            // pool. It is referenced until `committed` is dropped, so its data is still there.
+            unsafe {
+                let data = data_of(locked.src_page(i));
+                locked.pool.ops().migrated_to_ram(data, reason);
+            }
+        }
+        committed
+    }
+}
+
+impl<'a> Committed<'a> {
+    /// Moves the pages, as far as mm can, by `migrate_*_pages()`. Each destination must hold the
+    /// data of its page.
+    fn new(mut locked: Locked<'a>) -> Self {
+        locked.call(bindings::migrate_vma_pages, bindings::migrate_device_pages);
+        // INVARIANT: The caller has the pages from a `Copied`, so each destination holds the data.
+        locked.moved = true;
+        let mut this = Self { locked, pages: 0 };
+        this.pages = this.moved().count();
+        this
+    }
+
+    /// The number of pages that have moved.
+    ///
+    /// The process may have fewer of them: it may have dropped a page during the migration, and may
+    /// drop any page once it is mapped again.
+    pub(crate) fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Whether page `i` has moved.
+    pub(crate) fn has_moved(&self, i: usize) -> bool {
+        i < self.locked.pages && self.locked.migrates(i) && self.locked.arrays.dst[i] != 0
+    }
+
+    fn moved(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.locked.pages).filter(|i| self.has_moved(*i))
+    }
+}
+
+/// Whether `err` means that the driver can copy the page later: see
+/// [`PoolOps::copy`](super::PoolOps::copy).
+fn is_transient(err: Error) -> bool {
+    [EAGAIN, EBUSY, EINTR].contains(&err)
+}
+
+/// Drains the per-CPU batches of mm, by `lru_add_drain_all()`. munlock() puts pages into such a
+/// batch, which keeps a reference to each until it is full, and a page with such a reference does
+/// not migrate.
+///
+/// This schedules work on all CPUs and waits for it: never call it with `mmap_lock` held.
+pub(crate) fn drain() {
+    // SAFETY: The callers may sleep, and hold no lock of mm.
+    unsafe { bindings::lru_add_drain_all() };
+}

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A region: an aligned part of a mirrored address space, with one `mmu_interval_notifier`, one
+//! lock and the entries that this lock protects.
+//!
+//! This file has the notifier and its callback, which is the invalidating side of the
+//! collision-retry scheme of Documentation/mm/hmm.rst. The faulting side is in `fault.rs`.
+//!
+//! C header: [`include/linux/mmu_notifier.h`](srctree/include/linux/mmu_notifier.h)
+
+use super::{
+    callback::Callback,
+    entries::{
+        Entries,
+        LEAF_ORDER, //
+    },
+    range::PageRange,
+    rwsem::{
+        RwSem,
+        WriteGuard, //
+    }, //
+};
+use core::marker::PhantomData;
+use kernel::{
+    bindings,
+    error::to_result,
+    mm::MmWithUser,
+    prelude::*,
+    sync::{
+        static_lock_class,
+        Arc, //
+    },
+    types::Opaque, //
+};
+
+/// The size of a region as an order of pages: 512 MiB with 4 KiB pages. A multiple of a leaf.
+///
+/// Smaller regions need more notifiers, and each invalidation of the mm searches their interval
+/// tree. Larger regions make more faults retry, since an invalidation collides with all concurrent
+/// faults in the same region.
+pub(crate) const REGION_ORDER: u32 = 29 - 12;
+
+kernel::static_assert!(REGION_ORDER >= LEAF_ORDER);
+
+/// The callback with which a driver follows changes of the address space.
+pub trait MirrorOps: Send + Sync {
+    /// Stops the use of `event.range()` by the device. When this returns, the device must no longer
+    /// use any translation that the driver has made for the range, TLB entries included.
+    ///
+    /// The core has already erased its entries of the range, so that nothing in it can be read,
+    /// written or committed until the driver faults it again. The core does not call this if the
+    /// range had no entry, since the driver cannot have a translation then.
+    ///
+    /// # Context
+    ///
+    /// Called with the region's lock held for write. The caller in mm may hold `mmap_lock` or locks
+    /// of the reverse map, or may be in reclaim. So this must not allocate memory in a way that
+    /// waits, take `mmap_lock` or drop a reference to an mm. It must not sleep either, since the
+    /// OOM reaper may be the caller. Page faults are disabled: an access to user memory that is not
+    /// present fails. Calls of this crate fail, too. Lock order: the region's lock, then the
+    /// driver's own locks.
+    fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op>;
+}
+
+/// An invalidation in progress.
+///
+/// The lifetime `'op` is invariant and differs from callback to callback, so a driver can neither
+/// keep this or an [`Invalidated`] nor use the one of another callback.
+pub struct Invalidate<'op> {
+    range: PageRange,
+    _op: PhantomData<fn(&'op ()) -> &'op ()>,
+}
+
+impl<'op> Invalidate<'op> {
+    /// The range that is invalidated, clamped to the region.
+    #[inline]
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
+
+    /// Confirms that the device does not use the range any more.
+    #[inline]
+    pub fn done(self) -> Invalidated<'op> {
+        Invalidated { _op: PhantomData }
+    }
+}
+
+/// Proof that a driver handled the [`Invalidate`] with the same lifetime.
+#[must_use]
+pub struct Invalidated<'op> {
+    _op: PhantomData<fn(&'op ()) -> &'op ()>,
+}
+
+/// A part of an address space: an interval notifier, and the entries with their lock.
+///
+/// # Invariants
+///
+/// `notifier` is subscribed to `range` from the end of [`Region::new`] until the region is dropped.
+/// Only the notifier callback writes `invalidate_seq`. It does so with `entries` locked for write,
+/// and for all events but the `MMU_NOTIFY_EXCLUSIVE` event that makes a page exclusive to this
+/// device.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Region {
+    #[pin]
+    notifier: Opaque<bindings::mmu_interval_notifier>,
+    #[pin]
+    entries: RwSem<Entries>,
+    range: PageRange,
+    ops: Arc<dyn MirrorOps>,
+}
+
+// SAFETY: mmu_interval_notifier_remove() may be called by another task than the one that inserted
+// the notifier. The other fields are `Send`.
+unsafe impl Send for Region {}
+// SAFETY: mm accesses the notifier under the lock of the mm's subscriptions, and its sequence is
+// written with `entries` locked for write. The other fields are `Sync`.
+unsafe impl Sync for Region {}
+
+static NOTIFIER_OPS: bindings::mmu_interval_notifier_ops = bindings::mmu_interval_notifier_ops {
+    invalidate: Some(Region::invalidate_callback),
+    invalidate_start: None,
+    invalidate_finish: None,
+};
+
+impl Region {
+    /// Creates a region for `range` of `mm` and inserts its notifier.
+    ///
+    /// The caller must not hold any lock: this takes `mmap_lock` for write if this is the first
+    /// interval notifier of the mm.
+    pub(crate) fn new(
+        mm: &MmWithUser,
+        range: PageRange,
+        ops: Arc<dyn MirrorOps>,
+    ) -> Result<Arc<Self>> {
+        let mm = mm.as_raw();
+        let entries = Entries::new(range)?;
+        let init = try_pin_init!(Self {
+            entries <- RwSem::new(entries, c"hmm_region", static_lock_class!()),
+            range,
+            ops,
+            // Insert the notifier last: its callback may run at once and uses the other fields.
+            //
+            // INVARIANT: The notifier is inserted here, or the region is not created. `PinnedDrop`
+            // removes it.
+            notifier <- Opaque::try_ffi_init(|slot| {
+                // SAFETY: `slot` is valid, and pinned until `PinnedDrop` has removed the notifier.
+                // `mm` has users, since it comes from a `MmWithUser`. `NOTIFIER_OPS` is static, and
+                // the other fields, which the callback uses, are initialised above.
+                to_result(unsafe {
+                    bindings::mmu_interval_notifier_insert(
+                        slot,
+                        mm,
+                        range.start(),
+                        range.len(),
+                        &NOTIFIER_OPS,
+                    )
+                })
+            }),
+        }? Error);
+        let region = Arc::pin_init(init, GFP_KERNEL_ACCOUNT)?;
+        region.prime_lockdep();
+        Ok(region)
+    }
+
+    /// Tells lockdep that reclaim and `mmap_lock` come before the region's lock. Otherwise lockdep
+    /// would only learn this when a rare event happens.
+    fn prime_lockdep(&self) {
+        #[cfg(CONFIG_PROVE_LOCKING)]
+        {
+            let mm = self.notifier_mm();
+
+            // SAFETY: The mm is alive: the only caller, `Region::new()`, has a `MmWithUser` of it.
+            unsafe { bindings::mmap_read_lock(mm) };
+            // SAFETY: Always safe to call; released below.
+            unsafe { bindings::fs_reclaim_acquire(bindings::GFP_KERNEL) };
+            drop(self.entries.write());
+            // SAFETY: This task called fs_reclaim_acquire() with the same flags above.
+            unsafe { bindings::fs_reclaim_release(bindings::GFP_KERNEL) };
+            // SAFETY: This task took `mmap_lock` for read above.
+            unsafe { bindings::mmap_read_unlock(mm) };
+        }
+    }
+
+    fn notifier_mm(&self) -> *mut bindings::mm_struct {
+        // SAFETY: The type invariants say that the notifier is inserted. The insertion has set
+        // `mm`, which does not change any more.
+        unsafe { (*self.notifier.get()).mm }
+    }
+
+    /// Whether this is a region of `mm`.
+    pub(crate) fn is_of(&self, mm: &MmWithUser) -> bool {
+        self.notifier_mm() == mm.as_raw()
+    }
+
+    pub(crate) fn range(&self) -> PageRange {
+        self.range
+    }
+
+    pub(crate) fn entries(&self) -> &RwSem<Entries> {
+        &self.entries
+    }
+
+    /// The notifier, for `struct hmm_range`.
+    pub(crate) fn notifier(&self) -> *mut bindings::mmu_interval_notifier {
+        self.notifier.get()
+    }
+
+    /// The owner to pass to make_device_exclusive(). mm reports it in `MMU_NOTIFY_EXCLUSIVE`
+    /// events, where the callback tells the region's own events from those of other devices by it.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    pub(crate) fn as_owner(&self) -> *mut c_void {
+        (&raw const *self).cast_mut().cast()
+    }
+
+    /// The aligned block of `2^order` pages around `va`, clipped to the region.
+    pub(crate) fn window(&self, va: usize, order: u32) -> Result<PageRange> {
+        let block = PageRange::aligned_block(va, order)?;
+        block.intersect(&self.range).ok_or(EFAULT)
+    }
+
+    /// Waits until no invalidation of the region is running. Returns the sequence, which
+    /// [`Region::lock_unless_stale`] checks for later invalidations.
+    pub(crate) fn read_begin(&self) -> usize {
+        // SAFETY: The type invariants say that the notifier is inserted.
+        unsafe { bindings::mmu_interval_read_begin(self.notifier.get()) }
+    }
+
+    /// Locks the entries for write. Returns `None`, without the lock, if an invalidation has
+    /// collided since [`Region::read_begin`] returned `seq`.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] if a fatal signal ends the wait.
+    pub(crate) fn lock_unless_stale(&self, seq: usize) -> Result<Option<WriteGuard<'_, Entries>>> {
+        let entries = self.entries.write_killable()?;
+        // SAFETY: The type invariants say that the notifier is inserted. `entries` is locked, and
+        // the callback writes the sequence with this lock held.
+        let stale = unsafe { bindings::mmu_interval_read_retry(self.notifier.get(), seq) };
+        Ok((!stale).then_some(entries))
+    }
+
+    /// The `invalidate` callback of the notifier. mm calls it before it changes page tables in the
+    /// range.
+    ///
+    /// # Safety
+    ///
+    /// `notifier` is the field of a [`Region`], and `event` is valid.
+    pub(crate) unsafe extern "C" fn invalidate_callback(
+        notifier: *mut bindings::mmu_interval_notifier,
+        event: *const bindings::mmu_notifier_range,
+        cur_seq: usize,
+    ) -> bool {
+        // SAFETY: `notifier` is the field of a region (see the # Safety section). The region's
+        // other fields are initialised, since it inserts the notifier last. The region is alive,
+        // since its drop waits for running callbacks.
+        let region =
+            unsafe { &*kernel::container_of!(Opaque::cast_from(notifier), Region, notifier) };
+        // SAFETY: The caller passes a valid `event` (see the # Safety section).
+        let blockable = unsafe { bindings::mmu_notifier_range_blockable(event) };
+        // SAFETY: The caller passes a valid `event` (see the # Safety section).
+        let (start, end) = unsafe { ((*event).start, (*event).end) };
+        // Do not bump the sequence for our own `MMU_NOTIFY_EXCLUSIVE` event: the retry check after
+        // make_device_exclusive() would always fail. A concurrent report of the page stays correct,
+        // since the page stays where it is.
+        //
+        // SAFETY: The caller passes a valid `event` (see the # Safety section).
+        let is_own_exclusive = unsafe {
+            (*event).event == bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE
+                && core::ptr::eq((*event).owner.cast(), region)
+        };
+
+        let mut entries = if blockable {
+            region.entries.write()
+        } else {
+            match region.entries.try_write() {
+                Some(entries) => entries,
+                // Nothing has changed yet. On `false`, mm leaves the range alone.
+                None => return false,
+            }
+        };
+
+        if !is_own_exclusive {
+            // SAFETY: The notifier is inserted, since this is its callback, and `entries` is locked
+            // for write.
+            unsafe { bindings::mmu_interval_set_seq(notifier, cur_seq) };
+        }
+
+        // The end of an event may be ULONG_MAX: clamp it to the region before it is rounded up.
+        let start = start.max(region.range.start());
+        let end = end.min(region.range.end());
+        if let Ok(range) = PageRange::containing(start, end.saturating_sub(start)) {
+            if entries.erase(range) != 0 {
+                let _callback = Callback::begin();
+                let _ = region.ops.invalidate(Invalidate {
+                    range,
+                    _op: PhantomData,
+                });
+            }
+        }
+        true
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Region {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: The type invariants say that the notifier is inserted. This does not run in a
+        // callback of the notifier: a callback has no reference to the region, and a mirror that is
+        // dropped in one is freed by a work item. The region's lock is not held, since a guard
+        // would borrow the region.
+        unsafe { bindings::mmu_interval_notifier_remove(self.notifier.get()) };
+    }
+}

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a device may access of a VMA. Mirrors `check_vma_flags()` in `mm/gup.c`.
+
+use super::{
+    pfn::Access,
+    range::PageRange, //
+};
+use kernel::{
+    bindings,
+    mm::{
+        virt::{
+            flags,
+            VmaRef, //
+        },
+        MmWithUser,
+        MmapReadGuard, //
+    },
+    prelude::*, //
+};
+
+/// Returns how a device may access the memory of `vma` for the current task, or `None` if it may
+/// not.
+///
+/// Mirrors `check_vma_flags()` in `mm/gup.c` for a GUP of the task's own memory, with no flag but
+/// possibly `FOLL_WRITE`. Documentation/mm/hmm-rust.rst compares the two line by line.
+fn allowed_access(vma: &VmaRef) -> Option<Access> {
+    // SAFETY: `vma` is a reference to a valid VMA.
+    let is_secret = unsafe { bindings::vma_is_secretmem(vma.as_ptr()) };
+    // SAFETY: `vma` is a reference to a valid VMA. The arguments say that the access is not an
+    // instruction fetch, and that it is made for the current task.
+    let permits =
+        |write| unsafe { bindings::arch_vma_access_permitted(vma.as_ptr(), write, false, false) };
+    let has = |flag| vma.flags() & flag != 0;
+
+    if has(flags::IO | flags::PFNMAP) || is_secret || !has(flags::READ) || !permits(false) {
+        return None;
+    }
+    match has(flags::WRITE) && !has(bindings::VM_SHADOW_STACK) && permits(true) {
+        true => Some(Access::Write),
+        false => Some(Access::Read),
+    }
+}
+
+/// Looks up the VMA that contains `va`, checks that it allows `access`, and returns its bounds.
+///
+/// # Errors
+///
+/// [`EFAULT`] if there is no such VMA, or if it may not be read; [`EPERM`] if it may not be
+/// written.
+pub(crate) fn vma_for(guard: &MmapReadGuard<'_>, va: usize, access: Access) -> Result<PageRange> {
+    let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
+    match (allowed_access(vma).ok_or(EFAULT)?, access) {
+        (Access::Read, Access::Write) => Err(EPERM),
+        _ => PageRange::new(vma.start(), vma.end()),
+    }
+}
+
+/// Like [`vma_for`], but takes `mmap_lock` for read itself.
+///
+/// # Errors
+///
+/// Those of [`vma_for`], and [`EINTR`] if a fatal signal ends the wait for the lock.
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub(crate) fn vma_at(mm: &MmWithUser, va: usize, access: Access) -> Result<PageRange> {
+    vma_for(&mm.mmap_read_lock_killable()?, va, access)
+}
+
+/// Finds the first VMA that overlaps `range`. Returns its bounds, and how a device may access it.
+///
+/// The guard must hold the `mmap_lock` of `mm`.
+pub(crate) fn next_vma(
+    _guard: &MmapReadGuard<'_>,
+    mm: &MmWithUser,
+    range: PageRange,
+) -> Option<(PageRange, Option<Access>)> {
+    // SAFETY: `mm` is valid, and the guard holds its mmap_lock.
+    let vma = unsafe { bindings::find_vma(mm.as_raw(), range.start()) };
+    if vma.is_null() {
+        return None;
+    }
+    // SAFETY: find_vma() has returned a VMA, which stays valid while mmap_lock is held.
+    let vma = unsafe { VmaRef::from_raw(vma) };
+    let bounds = PageRange::new(vma.start(), vma.end()).ok()?;
+    bounds.intersect(&range)?;
+    Some((bounds, allowed_access(vma)))
+}
