@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What a module can link to of the Rust crate hmm, all of it GPL-only.
+ * The functions of the Rust crate hmm that modules can link to, all GPL-only.
  *
- * Each name is the export_name of a function of the crate; rustc checks its
- * type across the crates, the one here means nothing. A function without a
- * line here cannot be linked to by a module, and each line has a user in the
- * tree.
+ * Each symbol is the export_name of a function of the crate. The type int below
+ * is a placeholder: rustc checks the real types when it compiles a driver
+ * against the crate. A module can link to no function of the crate without a
+ * line here. Every function here has a user in the tree.
  */
 
 #include <linux/export.h>
@@ -49,7 +49,7 @@ EXPORT_SYMBOL_GPL(rust_hmm_mirror_fault);
 DECLARE_RUST(rust_hmm_mirror_make_exclusive);
 EXPORT_SYMBOL_GPL(rust_hmm_mirror_make_exclusive);
 
-/* pool.rs */
+/* device_pool.rs */
 
 DECLARE_RUST(rust_hmm_pool_new);
 EXPORT_SYMBOL_GPL(rust_hmm_pool_new);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! New folios: the destinations of a migration, until it gives them to mm.
+//! New folios, the destinations of a migration, before the migration passes them to mm.
 
 use super::slots::Node;
 use core::ptr::NonNull;
@@ -9,22 +9,22 @@ use kernel::{
     mm::virt::VmaRef, //
 };
 
-/// What the allocation of a folio of system memory may cost.
+/// How hard the allocation of a folio of system memory tries.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Effort {
-    /// Not much: the caller has an alternative.
+    /// `__GFP_NORETRY`: the caller can do without the folio.
     Try,
-    /// Reclaim, but no OOM kill: a driver asked for the migration.
+    /// `__GFP_RETRY_MAYFAIL`: reclaim, but no OOM kill, since a driver asked for the migration.
     Reclaim,
-    /// What a page fault may cost, an OOM kill included: a CPU waits for the page.
+    /// As a page fault allocates, including an OOM kill: a CPU waits for the page.
     Fault,
-    /// Anything. The allocation does not fail, since data would be lost.
+    /// `__GFP_NOFAIL`: data of a process would be lost if the allocation failed.
     NoFail,
 }
 
 impl Effort {
     fn gfp(self) -> bindings::gfp_t {
-        // No __GFP_ZERO: the folio is mapped only if all of it was written.
+        // No __GFP_ZERO: the folio is mapped only if the driver has written all of it.
         bindings::GFP_HIGHUSER_MOVABLE
             | match self {
                 Self::Try => bindings::__GFP_NORETRY | bindings::__GFP_NOWARN,
@@ -35,24 +35,30 @@ impl Effort {
     }
 }
 
-/// A new folio of one page: locked, with one reference. Freed if it is dropped.
+/// A new folio of one page, in system memory or in a pool. Dropping it frees the folio.
 ///
 /// # Invariants
 ///
-/// As above, and it is mapped nowhere. Somebody who looks for pages to evict may have a reference
-/// for a moment.
+/// The folio has one page, is locked and is not mapped. This owns one reference to the folio.
+/// `migrate_device_pfns()`, called for an eviction, may briefly hold another.
 pub(crate) struct NewFolio(NonNull<bindings::folio>);
 
 impl NewFolio {
+    /// Takes over the caller's lock of `folio` and one reference to it.
+    ///
     /// # Safety
     ///
-    /// `folio` is as the type invariants say.
+    /// `folio` must satisfy the type invariants.
     pub(crate) unsafe fn new(folio: NonNull<bindings::folio>) -> Self {
-        // INVARIANT: By the safety requirements.
+        // INVARIANT: The caller ensures that `folio` satisfies them (see the # Safety section).
         Self(folio)
     }
 
-    /// A folio of RAM, for `vma` at `va` if there is one, else from `node` if there is room.
+    /// Allocates a folio of system memory. Sleeps.
+    ///
+    /// `vma` is the VMA that will map the folio and the address in it, if they are known: then the
+    /// memory policy of the VMA chooses the NUMA node. Otherwise the folio comes from `node`, or
+    /// from another node if `node` has no free memory.
     pub(crate) fn alloc(effort: Effort, vma: Option<(&VmaRef, usize)>, node: Node) -> Option<Self> {
         #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
         if kernel::kunit::in_kunit_test() && !tests::allowed() {
@@ -61,52 +67,61 @@ impl NewFolio {
 
         let gfp = effort.gfp();
         let folio = match vma {
-            // SAFETY: The VMA is valid, and `va` lies in it.
+            // SAFETY: The VMA is valid since `vma` is a reference to it, and `va` is an address in
+            // it.
             Some((vma, va)) => unsafe { bindings::vma_alloc_folio(gfp, 0, vma.as_ptr(), va) },
-            // It was there before, by the policy of its process. The current task may be another's.
+            // The memory policy of the current task does not apply, since the task may belong to
+            // another process. The page was on `node` before, by the policy of its own process.
             //
-            // SAFETY: Safe to call with a node that memory came from.
+            // SAFETY: `node` is valid: `page_to_nid()` or `numa_mem_id()` returned it when the page
+            // migrated to the device.
             None => unsafe { bindings::__folio_alloc_node(gfp, 0, node.nid()) },
         };
         let folio = NonNull::new(folio)?;
-        // SAFETY: The folio is valid and nobody else's: this does not wait.
+        // SAFETY: The folio was allocated just now, so it is valid. Nobody else has locked it, so
+        // this does not wait.
         unsafe { bindings::folio_lock(folio.as_ptr()) };
-        // INVARIANT: Just allocated and locked.
+        // INVARIANT: The folio was allocated just now, with one page and one reference, and locked
+        // above. Nobody has mapped it.
         Some(Self(folio))
     }
 
-    /// Its page.
+    /// The page of the folio.
     pub(crate) fn page(&self) -> *mut bindings::page {
-        // The first page of a folio is at its address.
+        // `struct folio` begins with its first page.
         self.0.as_ptr().cast()
     }
 
-    /// Gives the folio to an array of destinations.
+    /// Turns the folio into an element of the array of destinations of a migration.
     pub(crate) fn into_mpfn(self) -> usize {
-        // SAFETY: The page is valid.
+        // SAFETY: The page is valid, since this owns a reference to its folio (see the type
+        // invariants).
         let mpfn = unsafe { bindings::migrate_pfn(bindings::page_to_pfn(self.page())) };
         core::mem::forget(self);
         mpfn
     }
 
-    /// Takes the folio back from an array of destinations, if there is one.
+    /// Takes a folio back from the array of destinations of a migration. Returns `None` if the
+    /// element is zero.
     ///
     /// # Safety
     ///
-    /// `mpfn` is zero, or from [`NewFolio::into_mpfn`] and used no more.
+    /// `mpfn` must be zero, or come from [`NewFolio::into_mpfn`] and not be used afterwards.
     pub(crate) unsafe fn from_mpfn(mpfn: usize) -> Option<Self> {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The caller passes zero, for which this returns null, or what `migrate_pfn()` made
+        // of the pfn of a valid page in `into_mpfn()` (see the # Safety section).
         let page = unsafe { bindings::migrate_pfn_to_page(mpfn) };
-        // INVARIANT: By the caller's promise.
+        // INVARIANT: `into_mpfn()` gave up a folio that satisfied the invariants, and the caller
+        // does not use `mpfn` afterwards.
         NonNull::new(page.cast()).map(Self)
     }
 }
 
 impl Drop for NewFolio {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants the folio is locked.
+        // SAFETY: The folio is locked (see the type invariants).
         unsafe { bindings::folio_unlock(self.0.as_ptr()) };
-        // SAFETY: By the type invariants there is a reference, which is given up.
+        // SAFETY: This owns a reference to the folio (see the type invariants) and gives it up.
         unsafe { bindings::folio_put(self.0.as_ptr()) };
     }
 }
@@ -119,10 +134,10 @@ pub(crate) mod tests {
         Relaxed, //
     };
 
-    /// How many allocations succeed before all fail.
+    /// How many allocations succeed before all others fail. `usize::MAX` stands for no limit.
     pub(crate) static ALLOWED: Atomic<usize> = Atomic::new(usize::MAX);
 
-    /// Whether an allocation may succeed, which is counted.
+    /// Counts an allocation. Returns whether it may succeed.
     pub(super) fn allowed() -> bool {
         let left = ALLOWED.load(Relaxed);
         if left != usize::MAX && left != 0 {

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Tells the Rust crate hmm when the code of a module goes.
+ * Initialise the Rust crate hmm, and end the pools that a module has leaked.
  *
- * A driver that is written in Rust may leak what it has of the crate: that is
- * safe code. A mirror keeps the driver's module; a pool does not, or it could
- * not be removed. So what a module has leaked ends here, after the module's
- * exit and before its code goes.
+ * Safe Rust code of a driver can leak a mirror or a pool. A mirror holds a
+ * reference to the driver's module, so the code that it calls stays. A pool
+ * holds none: a module that owns a pool could not be unloaded otherwise. So if
+ * a module has leaked a pool, the crate ends the pool when the module is
+ * unloaded, after the module's exit function and before its code is freed.
  */
 
 #include <linux/init.h>
 #include <linux/module.h>
 #include <linux/notifier.h>
 
-/* mm/hmm/pool.rs */
+/* mm/hmm/device_pool.rs */
 void rust_hmm_init(void);
 void rust_hmm_module_going(struct module *module);
 
@@ -24,7 +25,10 @@ static int hmm_module_notify(struct notifier_block *nb, unsigned long state,
 	return NOTIFY_DONE;
 }
 
-/* First, since code of the module runs. */
+/*
+ * Ending a pool calls the module's code, so run before the notifiers that take
+ * the module apart (tracepoints and jump labels, for example).
+ */
 static struct notifier_block hmm_module_nb = {
 	.notifier_call = hmm_module_notify,
 	.priority = INT_MAX,

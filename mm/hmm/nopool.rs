@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Stands in for `pool.rs` in a kernel without device memory: there is no pool, and so no page of
-//! one.
+//! Replaces `pool.rs` if `CONFIG_RUST_HMM_DEVICE` is not set. There are no pools then, and no page
+//! belongs to one.
 
 use kernel::{
     bindings,
@@ -9,28 +9,35 @@ use kernel::{
     sync::Arc, //
 };
 
-/// There is none.
+/// A pool. The type has no values.
 pub(crate) enum Pool {}
 
 impl Pool {
+    /// The `owner` of the pages of a pool. Null, since there is no pool.
     pub(crate) fn owner(_this: Option<&Arc<Self>>) -> *mut c_void {
         core::ptr::null_mut()
     }
 
+    /// Whether `page` belongs to the pool that has this `owner`. Always false.
+    ///
     /// # Safety
     ///
-    /// None.
+    /// Always safe to call. It is unsafe only because its counterpart in `pool.rs` is.
     pub(crate) unsafe fn owns(_owner: *mut c_void, _page: *mut bindings::page) -> bool {
         false
     }
 
+    /// Never called, since no page belongs to a pool.
+    ///
     /// # Safety
     ///
-    /// Never to be called: there is no page of a pool.
+    /// `_page` must belong to a pool.
     pub(crate) unsafe fn read(_page: *mut bindings::page, _offset: usize, _buf: &mut [u8]) {}
 
+    /// Never called, since no page belongs to a pool.
+    ///
     /// # Safety
     ///
-    /// As for [`Pool::read`].
+    /// The same as for [`Pool::read`].
     pub(crate) unsafe fn write(_page: *mut bindings::page, _offset: usize, _buf: &[u8]) {}
 }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device's memory as `struct page`s: chunks of it, and who owns a page of them.
+//! The memory of a device as `struct page`s of type `MEMORY_DEVICE_PRIVATE`, which the CPU cannot
+//! access.
 //!
-//! The memory is private: the CPU cannot reach it. A chunk is one `dev_pagemap`, made when memory
-//! runs out and kept until the pool ends. Owns the chunks, the free lists and the data that a driver
-//! keeps for a page. How pages get in and out is above this.
+//! A pool consists of chunks, each with one `dev_pagemap`. It adds a chunk when it has no free page
+//! left, and keeps all chunks until it ends. This file owns the chunks, the page allocator and the
+//! data that the driver keeps for each page. The migration of pages is built on it, in other files.
 //!
-//! Lock order: the locks of pages, then `slots`. `chunks` is a lock of its own: to add one, memory
-//! is allocated and hot-plugged.
+//! Lock order: folio locks, then `slots`. `chunks` is taken with no folio lock held, since adding a
+//! chunk allocates memory and hot-plugs it.
 //!
 //! C header: [`include/linux/memremap.h`](srctree/include/linux/memremap.h)
 
@@ -44,28 +45,29 @@ use kernel::{
     types::Opaque, //
 };
 
-/// What the chunks, the mirrors and the [`DevicePool`] share.
+/// The state that the chunks, the mirrors and the [`DevicePool`](super::DevicePool) of a pool
+/// share.
 #[pin_data]
 pub(crate) struct Pool {
     ops: Arc<dyn Ops>,
     name: &'static CStr,
     chunk_pages: usize,
-    /// They go when the pool ends, and not before.
+    /// The chunks. They are removed only when the pool ends.
     #[pin]
     chunks: Mutex<KVec<Pin<KBox<Chunk>>>>,
     #[pin]
     slots: SpinLock<Slots>,
     pagemap_ops: &'static bindings::dev_pagemap_ops,
-    /// The code of `ops`; null, if that is built into the kernel.
+    /// The module that has the code of `ops`, or null if that is built into the kernel.
     module: *mut bindings::module,
 }
 
-// SAFETY: `module` is only ever compared; the rest is `Send`.
+// SAFETY: `module` is only compared and never dereferenced. All other fields are `Send`.
 unsafe impl Send for Pool {}
-// SAFETY: As above; the rest is `Sync`.
+// SAFETY: `module` is only compared and never dereferenced. All other fields are `Sync`.
 unsafe impl Sync for Pool {}
 
-/// A range of physical addresses that nothing else uses.
+/// A reserved range of physical addresses, in bytes. Dropping it releases the range.
 struct MemRegion {
     start: usize,
     len: usize,
@@ -73,7 +75,7 @@ struct MemRegion {
 
 impl MemRegion {
     fn new(len: usize, name: &'static CStr) -> Result<Self> {
-        // SAFETY: `name` is static, and the root of the resources is.
+        // SAFETY: `iomem_resource` is a static resource, and `name` is a static string.
         let resource = from_err_ptr(unsafe {
             bindings::request_free_mem_region(
                 &raw mut bindings::iomem_resource,
@@ -82,9 +84,13 @@ impl MemRegion {
             )
         })?;
         Ok(Self {
-            // SAFETY: The resource is ours until it is released.
+            // SAFETY: `request_free_mem_region()` has returned a resource, which is valid until
+            // `drop()` releases it.
             start: unsafe { (*resource).start } as usize,
-            // SAFETY: As above. The length may have been rounded up.
+            // The length may have been rounded up.
+            //
+            // SAFETY: `request_free_mem_region()` has returned a resource, which is valid until
+            // `drop()` releases it.
             len: unsafe { (*resource).end + 1 - (*resource).start } as usize,
         })
     }
@@ -92,7 +98,8 @@ impl MemRegion {
 
 impl Drop for MemRegion {
     fn drop(&mut self) {
-        // SAFETY: Requested with this start and length.
+        // SAFETY: `request_free_mem_region()` has reserved a resource with this start and length,
+        // and this is the only release of it.
         unsafe {
             bindings::__release_region(
                 &raw mut bindings::iomem_resource,
@@ -103,33 +110,35 @@ impl Drop for MemRegion {
     }
 }
 
-/// A part of the device's memory that has `struct page`s.
+/// A part of the device's memory, with its `struct page`s.
 ///
 /// # Invariants
 ///
-/// `pagemap` is mapped, at `region`, from the end of [`Chunk::new`] until the chunk is dropped.
+/// `memremap_pages()` has mapped `pagemap` at `region`. It stays mapped until the chunk is dropped.
 #[pin_data(PinnedDrop)]
 struct Chunk {
     #[pin]
     pagemap: Opaque<bindings::dev_pagemap>,
     region: MemRegion,
-    /// The number of the first page in the device's memory.
+    /// The number of the chunk's first page, counted from the start of the device's memory.
     first: usize,
     pool: Arc<Pool>,
 }
 
-// SAFETY: A pagemap may be used and unmapped by any task.
+// SAFETY: Any task may use and unmap a pagemap. All other fields are `Send`.
 unsafe impl Send for Chunk {}
-// SAFETY: What mm changes in the pagemap it changes atomically.
+// SAFETY: This crate does not change a mapped pagemap, and mm synchronises its own changes (of the
+// reference count, for example). All other fields are `Sync`.
 unsafe impl Sync for Chunk {}
 
 impl Chunk {
-    /// Makes struct pages for the pages from `first` on.
+    /// Makes `struct page`s for the `chunk_pages` pages of the device's memory from page number
+    /// `first` on. Sleeps.
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`], [`ERANGE`] if there are no physical addresses left, and what mm says where it
-    /// has no ZONE_DEVICE.
+    /// [`ENOMEM`] if there is no memory, [`ERANGE`] if no range of physical addresses is free, and
+    /// other errors of `memremap_pages()`, if the architecture cannot hot-plug memory, for example.
     fn new(pool: Arc<Pool>, first: usize) -> Result<Pin<KBox<Self>>> {
         let len = pool.chunk_pages << PAGE_SHIFT;
         let region = MemRegion::new(len, pool.name)?;
@@ -140,13 +149,15 @@ impl Chunk {
                 region,
                 first,
                 pool,
-                // Last, since a pagemap that is mapped has to be unmapped.
+                // Initialise this field last: if a later one failed, nothing would unmap it.
                 //
-                // INVARIANT: It is unmapped in `PinnedDrop`.
+                // INVARIANT: `memremap_pages()` maps the pagemap, and only `PinnedDrop` unmaps it.
                 pagemap <- Opaque::try_ffi_init(|slot: *mut bindings::dev_pagemap| {
-                    // SAFETY: `slot` is valid for writes; all fields may be zero.
+                    // SAFETY: `slot` is valid for writes (see `try_ffi_init()`), and all fields of
+                    // a `dev_pagemap` may be zero.
                     unsafe { slot.write_bytes(0, 1) };
-                    // SAFETY: As above.
+                    // SAFETY: `slot` is valid for writes (see `try_ffi_init()`), and was zeroed
+                    // above.
                     unsafe {
                         (*slot).type_ = bindings::memory_type_MEMORY_DEVICE_PRIVATE;
                         (*slot).ops = ops;
@@ -157,8 +168,9 @@ impl Chunk {
                             end: start + len as u64 - 1,
                         };
                     }
-                    // SAFETY: `slot` stays where it is until it is unmapped, and what mm asks for
-                    // is set. The range was requested, and nothing else uses it.
+                    // SAFETY: `slot` is pinned until `PinnedDrop` has unmapped it. The fields that
+                    // `memremap_pages()` needs for MEMORY_DEVICE_PRIVATE are set. `region` reserves
+                    // the range, so nothing else uses it.
                     from_err_ptr(unsafe {
                         bindings::memremap_pages(slot, bindings::NUMA_NO_NODE)
                     })?;
@@ -169,7 +181,7 @@ impl Chunk {
         )
     }
 
-    /// The pfn of its first page.
+    /// The pfn of the chunk's first page.
     fn first_pfn(&self) -> usize {
         self.region.start >> PAGE_SHIFT
     }
@@ -178,81 +190,103 @@ impl Chunk {
 #[pinned_drop]
 impl PinnedDrop for Chunk {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants it is mapped. This waits for the last page to be freed;
-        // `close()` in `evict.rs` has seen to that, if any was ever taken.
+        // This waits until all pages are free. They are, since `close()` in `evict.rs` has evicted
+        // all pages before, or the chunk was never used.
+        //
+        // SAFETY: The pagemap is mapped (see the type invariants), and this is the only place that
+        // unmaps it.
         unsafe { bindings::memunmap_pages(self.pagemap.get()) };
     }
 }
 
-/// The chunk that `page` is of.
+/// The chunk that `page` belongs to.
 ///
 /// # Safety
 ///
-/// `page` is of a chunk, of any pool of this crate, and it or the chunk is not freed in `'a`.
+/// `page` must belong to a chunk of a pool of this crate, and the page or the chunk must not be
+/// freed during `'a`.
 unsafe fn chunk_of<'a>(page: *mut bindings::page) -> &'a Chunk {
-    // SAFETY: The page is valid.
+    // SAFETY: The page belongs to a chunk that is not freed (see the # Safety section), so its
+    // `struct page` is valid and has a pagemap.
     let pagemap = unsafe { bindings::page_pgmap(page) };
-    // SAFETY: The pagemap is the field of a chunk, by the caller's promise; the chunk waits for its
-    // pages.
+    // SAFETY: The page belongs to a chunk (see the # Safety section), so the pagemap is the field
+    // of a `Chunk`. The chunk is not freed during `'a`: the caller ensures that, or that the page
+    // is not freed, for which the drop of the chunk waits.
     unsafe { &*kernel::container_of!(Opaque::cast_from(pagemap), Chunk, pagemap) }
 }
 
-/// The pool that `page` is of.
+/// The pool that `page` belongs to.
 ///
 /// # Safety
 ///
-/// As for [`chunk_of`].
+/// The same as for [`chunk_of`].
 pub(crate) unsafe fn pool_of<'a>(page: *mut bindings::page) -> &'a Arc<Pool> {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The page belongs to a chunk, and the page or the chunk is not freed during `'a` (see
+    // the # Safety section).
     &unsafe { chunk_of(page) }.pool
 }
 
-/// The address of `page` in the device's memory.
+/// The address of `page` in the device's memory, in bytes from its start.
 ///
 /// # Safety
 ///
-/// As for [`chunk_of`].
+/// The same as for [`chunk_of`], while this function runs.
 pub(crate) unsafe fn address_of(page: *mut bindings::page) -> usize {
-    // SAFETY: By the caller's promise.
+    // SAFETY: The page belongs to a chunk, and the page or the chunk is not freed meanwhile (see
+    // the # Safety section).
     let chunk = unsafe { chunk_of(page) };
-    // SAFETY: The page is valid.
+    // SAFETY: The `struct page` is valid, since its chunk is not freed.
     let pfn = unsafe { bindings::page_to_pfn(page) };
     (chunk.first + (pfn - chunk.first_pfn())) << PAGE_SHIFT
 }
 
-/// The data of `page`.
+/// The driver's data of `page`: the pointer of its [`RawData`].
 ///
 /// # Safety
 ///
-/// `page` is of a chunk, and there is a reference to it.
+/// `page` must belong to a chunk and be in use. The caller must have a reference to it, or must be
+/// [`folio_free`].
 pub(crate) unsafe fn data_of(page: *mut bindings::page) -> *mut c_void {
-    // SAFETY: The page is the head of its folio, since there are no larger ones.
+    // SAFETY: The page is in use (see the # Safety section). Folios of a pool have one page, so the
+    // page is the head of its folio.
     unsafe { bindings::folio_zone_device_data(page.cast()) }
 }
 
-/// Called by mm when the last reference to a page is gone.
+/// `folio_free` of the `dev_pagemap_ops`. `free_zone_device_folio()` calls it when the last
+/// reference to a folio is gone. May be called in atomic context.
 ///
 /// # Safety
 ///
-/// `folio` is a page of a chunk.
+/// `folio` must be a folio of a chunk, and nobody may have a reference to it.
 pub(crate) unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
     let page: *mut bindings::page = folio.cast();
-    // SAFETY: The chunk waits for the page, which mm has not given back yet.
+    // SAFETY: The page belongs to a chunk (see the # Safety section). The chunk is not freed
+    // meanwhile: `free_zone_device_folio()` gives up the page's reference to the pagemap, for which
+    // the chunk's drop waits, after this returns.
     let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
-    // SAFETY: Nobody else has the page.
+    // SAFETY: The page belongs to a chunk and is in use until it is given back below.
     let data = unsafe { data_of(page) };
-    // SAFETY: As above.
+    // SAFETY: Nobody has a reference to the folio (see the # Safety section), so nobody else
+    // accesses it.
     unsafe { bindings::folio_set_zone_device_data(folio, null_mut()) };
     let callback = Callback::begin();
-    // SAFETY: It was set when the page was taken, and the page does not have it any more.
+    // SAFETY: `Reservation::folio()` has set the data, from a `RawData` for a page of this pool.
+    // The page does not use the data any more, since the pointer was cleared above.
     unsafe { pool.ops.page_freed(data) };
     drop(callback);
     pool.give_back(core::iter::once(address));
 }
 
 impl Pool {
-    /// `pagemap_ops` are those of [`folio_free`] and of the CPU's faults. `module` has the code of
-    /// `ops`.
+    /// Creates a pool without chunks, which grows to at most `max_chunks` chunks of `chunk_pages`
+    /// pages each.
+    ///
+    /// `pagemap_ops` has [`folio_free`] and the handler of CPU faults. `module` is the module that
+    /// has the code of `ops`, or null.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Slots::new`], and [`ENOMEM`].
     pub(crate) fn new(
         pagemap_ops: &'static bindings::dev_pagemap_ops,
         module: *mut bindings::module,
@@ -274,39 +308,43 @@ impl Pool {
         Arc::pin_init(init, GFP_KERNEL)
     }
 
-    /// The name that the driver gave it.
+    /// The name that the driver gave the pool.
     pub(crate) fn name(&self) -> &'static CStr {
         self.name
     }
 
-    /// The module that has the code of its driver, or null.
+    /// The module that has the driver's code, or null if that is built into the kernel. The pool
+    /// holds no reference to the module.
     pub(crate) fn module(&self) -> *mut bindings::module {
         self.module
     }
 
-    /// Whether there is something to take.
+    /// Whether a page can be allocated.
     pub(crate) fn can_alloc(&self) -> bool {
         self.slots.lock().can_alloc()
     }
 
-    /// From now on nothing is taken and no chunk added.
+    /// Stops the allocation of pages and the addition of chunks.
     pub(crate) fn stop(&self) {
         self.slots.lock().close();
     }
 
-    /// Gives the chunks back, once no page is in use.
+    /// Removes all chunks. No page may be in use. Sleeps.
     pub(crate) fn free_chunks(&self) {
-        // With the lock held: who comes second finds that they are gone, and not on their way.
+        // Drop the chunks with the lock held, so that another task that ends the pool at the same
+        // time (when its module is unloaded, for example) does not return before the chunks are
+        // gone.
         let mut chunks = self.chunks.lock();
         *chunks = KVec::new();
     }
 
-    /// The pfns of the oldest pages in use. Each is the youngest then.
+    /// Fills `pfns` with the pfns of the oldest pages in use, makes these pages the youngest, and
+    /// returns how many there are.
     pub(crate) fn rotate_oldest(&self, pfns: &mut [usize]) -> usize {
         self.slots.lock().rotate_oldest(pfns)
     }
 
-    /// Makes the pages at `addresses` free.
+    /// Frees the pages at `addresses`.
     fn give_back(&self, addresses: impl Iterator<Item = usize>) {
         let mut slots = self.slots.lock();
         let mut freed = Ok(());
@@ -321,54 +359,60 @@ impl Pool {
         &*self.ops
     }
 
-    /// What tells the pages of this pool from those of others, to mm.
+    /// The `owner` of the pool's pagemaps, by which mm tells the pages of this pool from those of
+    /// others.
     pub(crate) fn as_owner(&self) -> *mut c_void {
         (&raw const *self).cast_mut().cast()
     }
 
-    /// The owner of the pages of a pool, or null, which no device-private page has as its owner:
-    /// `memremap_pages()` refuses that.
+    /// The `owner` of the pages of `this`, or null if there is no pool. No device-private page has
+    /// a null owner, since `memremap_pages()` refuses that.
     pub(crate) fn owner(this: Option<&Arc<Self>>) -> *mut c_void {
         this.map_or(null_mut(), |this| this.as_owner())
     }
 
-    /// Whether `page` is one of the pool that has this `owner`.
+    /// Whether `page` belongs to the pool that has this `owner`.
     ///
     /// # Safety
     ///
-    /// `page` is valid, and not freed meanwhile.
+    /// `page` must be valid and must not be freed meanwhile.
     pub(crate) unsafe fn owns(owner: *mut c_void, page: *mut bindings::page) -> bool {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The page is valid (see the # Safety section).
         if owner.is_null() || !unsafe { bindings::is_device_private_page(page) } {
             return false;
         }
-        // SAFETY: Every device-private page has a pagemap for as long as it is in use.
+        // SAFETY: The page is device-private and is not freed meanwhile (see the # Safety section),
+        // so its pagemap is valid.
         unsafe { (*bindings::page_pgmap(page)).owner == owner }
     }
 
-    /// Copies from `page` at `offset` to `buf`.
+    /// Copies from `page` to `buf`, starting at `offset` bytes in the page.
     ///
     /// # Safety
     ///
-    /// `page` is of a chunk and not freed meanwhile; the bytes lie in it.
+    /// `page` must belong to a chunk and must not be freed meanwhile. The bytes must lie in the
+    /// page.
     pub(crate) unsafe fn read(page: *mut bindings::page, offset: usize, buf: &mut [u8]) {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
+        // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
         pool.ops.read(address + offset, buf);
     }
 
-    /// Copies `buf` to `page` at `offset`.
+    /// Copies `buf` to `page`, starting at `offset` bytes in the page.
     ///
     /// # Safety
     ///
-    /// As for [`Pool::read`].
+    /// The same as for [`Pool::read`].
     pub(crate) unsafe fn write(page: *mut bindings::page, offset: usize, buf: &[u8]) {
-        // SAFETY: By the caller's promise.
+        // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
+        // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
         pool.ops.write(address + offset, buf);
     }
 
-    /// Adds a chunk, if there may be one more. Whether it is worth while to look for pages again.
+    /// Adds a chunk, unless the pool has all its chunks or is closed. Returns whether the caller
+    /// should try to allocate pages again. Sleeps.
     pub(crate) fn grow(this: &Arc<Self>) -> bool {
         if this.slots.lock().next_chunk().is_none() {
             return false;
@@ -376,7 +420,7 @@ impl Pool {
         let mut chunks = this.chunks.lock();
         let slots = this.slots.lock();
         if slots.can_alloc() {
-            // Another task was here first.
+            // Another task has added a chunk or freed pages.
             return true;
         }
         let next = slots.next_chunk();
@@ -393,21 +437,22 @@ impl Pool {
         add_chunk().is_ok()
     }
 
-    /// The pages at these addresses are those of a process from now on, and are to return to these
-    /// nodes. They are locked.
+    /// Records that the pages at these addresses hold pages of processes now, and to which NUMA
+    /// node each should return. The pages must be locked.
     pub(crate) fn mark_used(&self, pages: impl Iterator<Item = (usize, Node)>) {
         let mut slots = self.slots.lock();
         pages.for_each(|(address, node)| slots.mark_used(address >> PAGE_SHIFT, node));
     }
 
-    /// The pages at `addresses` are a process's no longer. They are locked.
+    /// Records that the pages at `addresses` no longer hold pages of processes. The pages must be
+    /// locked.
     pub(crate) fn mark_unused(&self, addresses: impl Iterator<Item = usize>) {
         let mut slots = self.slots.lock();
         addresses.for_each(|address| slots.mark_unused(address >> PAGE_SHIFT));
     }
 
-    /// The node that the page at `address`, which is locked, is to return to; `None` if it is not
-    /// that of a process.
+    /// The NUMA node that the page at `address` should return to, or `None` if it holds no page of
+    /// a process. The page must be locked.
     pub(crate) fn node(&self, address: usize) -> Option<Node> {
         self.slots.lock().node(address >> PAGE_SHIFT)
     }
@@ -418,18 +463,20 @@ impl Pool {
         self.chunks.lock().len()
     }
 
-    /// The pages that are not free.
+    /// The number of pages that are not free.
     pub(crate) fn used_pages(&self) -> usize {
         let slots = self.slots.lock();
         slots.pages() - slots.free_pages()
     }
 }
 
-/// Pages of a pool that are nobody's yet. What is left of them goes back.
+/// Pages that were allocated from a pool and are not in use yet. Dropping it frees those that are
+/// left.
 ///
 /// # Invariants
 ///
-/// The pages `pfns[used..taken]` are taken from the pool, and nobody has a reference to them.
+/// `pfns[used..taken]` are the pfns of pages that were allocated from the pool, and nobody has a
+/// reference to these pages.
 pub(crate) struct Reservation<'a> {
     pool: &'a Arc<Pool>,
     pfns: &'a mut [usize],
@@ -438,9 +485,10 @@ pub(crate) struct Reservation<'a> {
 }
 
 impl<'a> Reservation<'a> {
-    /// No page yet. `pfns` has an element for each that [`Reservation::fill`] may take.
+    /// Creates an empty reservation. `pfns` must have an element for each page that
+    /// [`Reservation::fill`] allocates.
     pub(crate) fn new(pool: &'a Arc<Pool>, pfns: &'a mut [usize]) -> Self {
-        // INVARIANT: None are taken.
+        // INVARIANT: `pfns[0..0]` is empty.
         Self {
             pool,
             pfns,
@@ -449,12 +497,13 @@ impl<'a> Reservation<'a> {
         }
     }
 
-    /// How many pages were taken.
+    /// How many pages were allocated, including those that are in use by now.
     pub(crate) fn taken(&self) -> usize {
         self.taken
     }
 
-    /// Takes free pages until there are `wanted` that are left, as far as there are any.
+    /// Allocates pages until `wanted` pages are left in the reservation, or until the pool has no
+    /// free page.
     pub(crate) fn fill(&mut self, wanted: usize) {
         let end = self.used + wanted;
         let mut slots = self.pool.slots.lock();
@@ -462,18 +511,18 @@ impl<'a> Reservation<'a> {
             let Some(page) = slots.alloc(Order::PAGE) else {
                 break;
             };
-            // INVARIANT: Taken just now.
+            // INVARIANT: The page was allocated just now, so nobody has a reference to it.
             *pfn = slots.pfn(page);
             self.taken += 1;
         }
     }
 
-    /// The pages that are left.
+    /// The pfns of the pages that are left.
     fn left(&self) -> &[usize] {
         self.pfns.get(self.used..self.taken).unwrap_or(&[])
     }
 
-    /// Whether the pages are of `pool`.
+    /// Whether the pages belong to `pool`.
     pub(crate) fn is_of(&self, pool: &Pool) -> bool {
         core::ptr::eq(&**self.pool, pool)
     }
@@ -483,28 +532,31 @@ impl<'a> Reservation<'a> {
         self.left().is_empty()
     }
 
-    /// Makes the next of the pages one that has `data`, if one is left.
+    /// Makes a folio with `data` from the next page, if one is left.
     pub(crate) fn folio(&mut self, data: RawData) -> Option<NewFolio> {
         let pfn = *self.left().first()?;
-        // INVARIANT: The page is not among those that are left any more.
+        // INVARIANT: The page is no longer among those that are left.
         self.used += 1;
-        // SAFETY: The chunk has a struct page for each of its pages, and cannot go while one of
-        // them is in use.
+        // SAFETY: The page was allocated from the pool (see the type invariants), so its chunk has
+        // a `struct page` for it. The pool keeps the chunk while the page is allocated.
         let page = unsafe { bindings::pfn_to_page(pfn) };
-        // SAFETY: As above; nobody has a reference to the page, and its chunk's pagemap is alive.
+        // SAFETY: The page belongs to a chunk of the pool, whose pagemap stays mapped while the
+        // page is allocated. Nobody has a reference to the page (see the type invariants).
         unsafe {
             bindings::zone_device_folio_init(page.cast(), bindings::page_pgmap(page), 0);
         };
-        // SAFETY: The page is device-private, and ours alone.
+        // SAFETY: The folio is device-private, and nobody else uses its data.
         unsafe { bindings::folio_set_zone_device_data(page.cast(), data.into_raw()) };
-        // SAFETY: mm has locked it and given it one reference.
+        // SAFETY: `zone_device_folio_init()` has made a locked folio of one page, with one
+        // reference, which is not mapped.
         Some(unsafe { NewFolio::new(NonNull::new(page.cast())?) })
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        // SAFETY: As in `folio()`.
+        // SAFETY: The pages that are left were allocated from the pool (see the type invariants),
+        // which keeps their chunks meanwhile.
         let address = |pfn: &usize| unsafe { address_of(bindings::pfn_to_page(*pfn)) };
         self.pool.give_back(self.left().iter().map(address));
     }

@@ -140,15 +140,16 @@ pub trait PoolOps: Send + Sync + 'static {
     /// # Context
     ///
     /// May sleep and allocate memory. The folios are locked, and `mmap_lock` may be held. An access
-    /// to user memory that is not present fails, and calls of this crate are refused (see
-    /// [`Mirror`](super::Mirror)). A lock that this method takes must not be held elsewhere while
-    /// user memory is accessed or this crate is called.
+    /// to user memory that is not present fails, and calls of this crate are refused (see the
+    /// [crate documentation](crate)). A lock that this method takes must not be held elsewhere
+    /// while user memory is accessed or this crate is called.
     ///
     /// # Errors
     ///
-    /// If this fails, or has not taken all of `batch`, the copies are discarded and all pages stay
-    /// where they were. On the way to system memory the core then calls this again for each page
-    /// alone. If a CPU waits for one of these pages, the error for this page decides what happens:
+    /// If this fails, or has not performed all of `batch`, the copies are discarded and all pages
+    /// stay where they were. On the way to system memory the core then calls this again for each
+    /// page alone. If a CPU waits for one of these pages, the error for this page decides what
+    /// happens:
     ///
     /// - [`EAGAIN`], [`EBUSY`] and [`EINTR`] are transient: the CPU waits, killably, and faults
     ///   again.

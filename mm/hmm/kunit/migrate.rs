@@ -534,9 +534,10 @@ mod tests {
             let zero = setup
                 .mirror
                 .fault(FaultRequest::snapshot(window), &mut buf, |commit| {
-                    let zero = commit.entries().filter(
-                        |(_, entry)| matches!(entry, Entry::Ram(RamPage::Read(page)) if page.is_zero()),
-                    );
+                    let zero = commit.entries().filter(|(_, entry)| match entry {
+                        Entry::Ram(RamPage::Read(page)) => page.is_zero(),
+                        _ => false,
+                    });
                     zero.count()
                 })?;
             assert_eq!(zero, WINDOW - 1);

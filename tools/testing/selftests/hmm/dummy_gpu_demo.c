@@ -319,7 +319,8 @@ static void policy_step(void)
 }
 
 /* Migrates an array and returns the rate in pages per second. */
-static double prefetch(const char *to, const void *p, size_t length, enum dummy_gpu_location location)
+static double prefetch(const char *to, const void *p, size_t length,
+		       enum dummy_gpu_location location)
 {
 	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, location);
 	double start = now_ms();

@@ -180,7 +180,8 @@ static inline void cpu_store(uint8_t *p, uint8_t value)
 }
 
 /* Prefetches all of a range: the pages that moved, or a negative errno. */
-static inline int64_t prefetch_all(int fd, const void *p, size_t length, enum dummy_gpu_location location)
+static inline int64_t prefetch_all(int fd, const void *p, size_t length,
+				   enum dummy_gpu_location location)
 {
 	struct dummy_gpu_prefetch prefetch = gpu_prefetching(p, length, location);
 	int err = gpu_prefetch(fd, &prefetch);

@@ -397,7 +397,8 @@ TEST_F(life, killed_in_fault)
 		ASSERT_EQ(space, mremap(p, self->length, self->length,
 					MREMAP_MAYMOVE | MREMAP_FIXED, space));
 		p = space;
-		ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+		ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length,
+					      DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
 		if (!pid)

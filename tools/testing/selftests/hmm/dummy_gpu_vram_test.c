@@ -200,7 +200,8 @@ TEST_F(vram, zeroes)
 
 	p = map(self->size, PROT_READ | PROT_WRITE);
 	ASSERT_NE(MAP_FAILED, p);
-	EXPECT_EQ(self->size / page, prefetch_all(self->fd, p, self->size, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(self->size / page,
+		  prefetch_all(self->fd, p, self->size, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(0, vram_sum(self->fd, self->result, p, self->size));
 	EXPECT_EQ(self->size / page, stats_of(_metadata, self->fd).device_pages);
 	EXPECT_EQ(BUFFER, cpu_unlike(p, 0, BUFFER));
@@ -596,7 +597,9 @@ TEST_F(vram, prefetch_untouched)
 
 TEST_F(vram, prefetch_hole)
 {
-	const enum dummy_gpu_location places[] = { DUMMY_GPU_LOCATION_DEVICE, DUMMY_GPU_LOCATION_SYSTEM };
+	const enum dummy_gpu_location places[] = {
+		DUMMY_GPU_LOCATION_DEVICE, DUMMY_GPU_LOCATION_SYSTEM
+	};
 	const size_t length = 16 * page;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
 	struct dummy_gpu_prefetch prefetch;
@@ -1690,7 +1693,8 @@ TEST_F(vram_fork, shared_page_moves)
 		int fd = gpu_open(GPU_DEVICE);
 
 		CHILD_EXPECT(token_wait(self->go[0]) ? 1 : 0);
-		if (fd < 0 || prefetch_all(fd, self->p, self->length, DUMMY_GPU_LOCATION_SYSTEM) < 0)
+		if (fd < 0 ||
+		    prefetch_all(fd, self->p, self->length, DUMMY_GPU_LOCATION_SYSTEM) < 0)
 			_exit(2);
 		CHILD_EXPECT(token_send(self->done[1]) || token_wait(self->go[0]) ? 3 : 0);
 		CHILD_EXPECT(expect_side(fd, self->p, 1, self->length, 4));
@@ -1768,7 +1772,9 @@ static void *count_thread(void *arg)
 
 static void *move_thread(void *arg)
 {
-	const enum dummy_gpu_location location[] = { DUMMY_GPU_LOCATION_DEVICE, DUMMY_GPU_LOCATION_SYSTEM };
+	const enum dummy_gpu_location location[] = {
+		DUMMY_GPU_LOCATION_DEVICE, DUMMY_GPU_LOCATION_SYSTEM
+	};
 	struct sharer *s = arg;
 	uint64_t seed = s->index;
 
