@@ -14,7 +14,7 @@ KERNEL = "debug"
 SMP = ("ncpus=2", "seccomp=on")     # UML has a second CPU with both only
 TIMEOUT = 900
 NO_KMEMLEAK = ("dmirror_fork_test",)    # it takes twice the time there; what it allocates, dmirror_test does too
-ROUNDS = "DUMMY_GPU_ROUNDS=5"      # of dummy_gpu_life_test; the kernel hands it to init
+ROUNDS = "DUMMY_GPU_ROUNDS=10"      # of dummy_gpu_life_test; the kernel hands it to init
 
 # What a checker, or lockdep that gives up, leaves in the log. Not all of them panic.
 REPORT = re.compile(r"BUG:|WARNING:|KASAN:|UBSAN:|DEBUG_LOCKS_WARN_ON|VM_(BUG|WARN)_ON"
