@@ -126,7 +126,6 @@ fn mirror_make_exclusive(
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result {
-    Callback::refuse()?;
     // This can only fail for the last page of all addresses, which is never one of a process.
     let page = PageRange::containing(va, 1).map_err(|_| EFAULT)?;
     let current = kernel::current!();

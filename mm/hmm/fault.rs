@@ -339,7 +339,6 @@ impl Mirror {
         f: &mut dyn FnMut(&Commit<'_>),
         mut raced: impl FnMut(&mut [usize]),
     ) -> Result {
-        Callback::refuse()?;
         buf.retries = 0;
         let current = kernel::current!();
         let mm = self.current_mm(current.mm())?;

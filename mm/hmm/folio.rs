@@ -60,11 +60,6 @@ impl NewFolio {
     /// memory policy of the VMA chooses the NUMA node. Otherwise the folio comes from `node`, or
     /// from another node if `node` has no free memory.
     pub(crate) fn alloc(effort: Effort, vma: Option<(&VmaRef, usize)>, node: Node) -> Option<Self> {
-        #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
-        if kernel::kunit::in_kunit_test() && !tests::allowed() {
-            return None;
-        }
-
         let gfp = effort.gfp();
         let folio = match vma {
             // SAFETY: The VMA is valid since `vma` is a reference to it, and `va` is an address in
@@ -123,26 +118,5 @@ impl Drop for NewFolio {
         unsafe { bindings::folio_unlock(self.0.as_ptr()) };
         // SAFETY: This owns a reference to the folio (see the type invariants) and gives it up.
         unsafe { bindings::folio_put(self.0.as_ptr()) };
-    }
-}
-
-/// Lets the KUnit suites fail allocations.
-#[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
-pub(crate) mod tests {
-    use kernel::sync::atomic::{
-        Atomic,
-        Relaxed, //
-    };
-
-    /// How many allocations succeed before all others fail. `usize::MAX` stands for no limit.
-    pub(crate) static ALLOWED: Atomic<usize> = Atomic::new(usize::MAX);
-
-    /// Counts an allocation. Returns whether it may succeed.
-    pub(super) fn allowed() -> bool {
-        let left = ALLOWED.load(Relaxed);
-        if left != usize::MAX && left != 0 {
-            ALLOWED.store(left - 1, Relaxed);
-        }
-        left != 0
     }
 }

@@ -6,7 +6,6 @@
 //! other invalidation, and the device faults the pages again.
 
 use super::{
-    callback::Callback,
     copy::PageCopy,
     device_pool::DevicePool,
     evict::reserve,
@@ -182,7 +181,6 @@ impl Mirror {
     #[inline(never)]
     #[export_name = "rust_hmm_mirror_migrate_to_ram"]
     pub fn migrate_to_ram(&self, range: PageRange, buf: &mut MigrateBuf) -> Result<Migrated> {
-        Callback::refuse()?;
         let current = kernel::current!();
         let mm = self.current_mm(current.mm())?;
         let Some(pool) = self.pool() else {
@@ -301,7 +299,6 @@ fn migrate_to_device(
     buf: &mut MigrateBuf,
     data: &mut dyn FnMut() -> Result<RawData>,
 ) -> Result<Migrated> {
-    Callback::refuse()?;
     let current = kernel::current!();
     let mm = mirror.current_mm(current.mm())?;
     if !mirror.pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {

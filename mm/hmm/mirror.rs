@@ -194,7 +194,7 @@ impl Mirror {
     #[inline(never)]
     #[export_name = "rust_hmm_mirror_is_current"]
     pub fn is_current(&self) -> bool {
-        self.current_mm(kernel::current!().mm()).is_ok()
+        kernel::current!().mm().is_some_and(|mm| self.is_of(mm))
     }
 
     /// The end of the user part of the mirrored address space: the process cannot map anything at
@@ -278,10 +278,20 @@ impl Mirror {
         Ok(())
     }
 
-    /// Returns `mm` if it is the mirrored one, else [`EPERM`].
+    /// Whether `mm` is the mirrored one.
+    fn is_of(&self, mm: &MmWithUser) -> bool {
+        mm.as_raw() == self.inner.mm.as_raw()
+    }
+
+    /// Returns `mm`, that of the current task, for work on the mirrored address space. This takes
+    /// locks, so it is refused in a callback.
+    ///
+    /// # Errors
+    ///
+    /// [`EDEADLK`] while the core calls a driver, [`EPERM`] if `mm` is not the mirrored one.
     pub(crate) fn current_mm<'a>(&self, mm: Option<&'a MmWithUser>) -> Result<&'a MmWithUser> {
-        mm.filter(|mm| mm.as_raw() == self.inner.mm.as_raw())
-            .ok_or(EPERM)
+        Callback::refuse()?;
+        mm.filter(|mm| self.is_of(mm)).ok_or(EPERM)
     }
 
     pub(crate) fn pool(&self) -> Option<&Arc<Pool>> {

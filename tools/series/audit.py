@@ -25,10 +25,10 @@ TYPES = {"mirror": "Mirror", "pool": "DevicePool"}      # what rust_hmm_<this>_<
 
 
 def listed(name, reasons=True):
-    """The names in a list; each line has one, and its reason."""
+    """The names in a list, in its order; each line has one, and its reason."""
     lines = [l.split() for l in read(LISTS + name).splitlines() if l.strip() and not l.startswith("#")]
     fail_if(["%s is in audit/%s without a reason" % (l[0], name) for l in lines if reasons and not l[1:]])
-    return {l[0] for l in lines}
+    return dict.fromkeys(l[0] for l in lines).keys()
 
 
 def exports(src):
@@ -38,7 +38,7 @@ def exports(src):
 
 def layers(src):
     """The files of the crate use only those below them."""
-    order = [l.strip() for l in read(LISTS + "layers").splitlines() if l.strip() and not l.startswith("#")]
+    order = list(listed("layers", reasons=False))
     files = {os.path.basename(p)[:-3] for p in glob.glob(src + "/mm/hmm/*.rs")} - {"lib", "kunit", "nopool"}
     problems = ["%s.rs: in audit/layers or in mm/hmm/, and not in both" % f for f in files ^ set(order)]
     for user in order:

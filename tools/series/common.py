@@ -17,6 +17,7 @@ CACHE = os.path.abspath(os.environ.get("RUST_HMM_CACHE") or os.path.join(
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "rust-hmm"))
 LOGS = os.path.join(CACHE, "log")
 JOBS = os.environ.get("JOBS") or str(os.cpu_count() or 1)
+KILLED = 124        # the status of what ran out of time, as timeout(1) has it
 
 
 def clean_env():
@@ -216,7 +217,7 @@ def run(command, log, cwd=None, env=None, timeout=3600, what=None, check=True, s
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             kill_group(process)
-            raise Failure("%s did not end within %s" % (what or command[0], duration(timeout)), path)
+            raise Failure("%s did not end within %s" % (what or command[0], duration(timeout)), path, KILLED)
         except BaseException:
             kill_group(process)
             raise

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 
-from common import (HERE, JOBS, Failure, duration, git_ok, kill_group, logfile, output, read, run,
+from common import (HERE, JOBS, KILLED, Failure, duration, git_ok, kill_group, logfile, output, read, run,
                     scratch, write)
 
 SELFTESTS = "tools/testing/selftests/hmm"
@@ -31,22 +31,52 @@ class Kernels:
         self.tc = toolchain
         self.out = out
         self.images = itertools.cycle(("kunit-image-0", "kunit-image-1"))
+        self.entered = set()
 
     def dir(self, name):
         path = os.path.join(self.out, name)
         os.makedirs(path, exist_ok=True)
         return path
 
+    @contextlib.contextmanager
+    def building(self, name):
+        """Around each make in a build directory. One that was killed, or whose files did not reach the
+        disk before the machine went down, leaves files that are empty and newer than what they are made
+        of. So a directory without the mark that the last make in it left is built anew."""
+        path, mark = self.dir(name), os.path.join(self.out, name + ".whole")
+        if path not in self.entered and not os.path.exists(mark):
+            shutil.rmtree(path)
+            os.makedirs(path)
+        self.entered.add(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(mark)
+        def whole():
+            os.sync()
+            write(mark, "")
+
+        try:
+            yield
+        except Failure as e:
+            if e.status != KILLED:
+                whole()
+            raise
+        whole()
+
     def make(self, name, *args, log=None, arch="um", check=True, timeout=3600, what=None):
         """make in the build directory of that name."""
         command = ["make", "-C", self.src, "O=" + self.dir(name), "ARCH=" + arch, "-j" + JOBS]
-        return run(command + self.tc.make + list(args), log or "build-" + name, env=self.tc.env,
-                   timeout=timeout, check=check, what=what or "the build of " + name)
+        with self.building(name):
+            return run(command + self.tc.make + list(args), log or "build-" + name, env=self.tc.env,
+                       timeout=timeout, check=check, what=what or "the build of " + name)
 
     def configure(self, name, *fragments, arch="um"):
         """A .config from fragments; every line of them has to hold. What is in none of them has its
         default in UML, and is off elsewhere: there is too much of it."""
         text = "".join(read(f) for f in fragments)
+        with self.building(name):
+            self._configure(name, text, arch)
+
+    def _configure(self, name, text, arch):
         config = os.path.join(self.dir(name), ".config")
         mark = os.path.join(self.dir(name), "fragment")
         target = ["olddefconfig"] if arch == "um" else ["allnoconfig", "KCONFIG_ALLCONFIG=" + mark]
@@ -105,10 +135,11 @@ class Kernels:
                                             "DEVICE_PRIVATE", "UML_VMEMMAP_KUNIT_TEST")]
 
     def kunit_build(self):
-        self.kunit_py("build", "--kunitconfig=" + self.kunitconfig(), "--jobs=" + JOBS,
-                      *("--kconfig_add=" + line for line in ["CONFIG_LOCALVERSION_AUTO=n"] + self.kunit_um()),
-                      *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
-                      what="the build of the KUnit kernel")
+        with self.building(os.path.basename(self.kunit_dir())):
+            self.kunit_py("build", "--kunitconfig=" + self.kunitconfig(), "--jobs=" + JOBS,
+                          *("--kconfig_add=" + line for line in ["CONFIG_LOCALVERSION_AUTO=n"] + self.kunit_um()),
+                          *("--make_options=" + m for m in self.tc.make), log="build-kunit", timeout=3600,
+                          what="the build of the KUnit kernel")
 
     def kunit_image(self):
         """A copy of the KUnit kernel, to be booted while the next is built: one of two."""

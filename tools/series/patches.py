@@ -63,7 +63,13 @@ def prerequisites(name):
 
 def alone(name):
     """The patches of a group and of those that it needs."""
-    return [p for n, paths in grouped() if n in prerequisites(name) + [name] for p in paths]
+    wanted = prerequisites(name) + [name]
+    return [p for n, paths in grouped() if n in wanted for p in paths]
+
+
+def is_start(files):
+    """Whether the series begins with these patches, so that whoever applies all has applied them."""
+    return files == patch_files()[:len(files)]
 
 
 def cover(name):
@@ -207,42 +213,6 @@ def install(want):
         os.chmod(full + ".new", mode)
         os.replace(full + ".new", full)
     return differences(want, have)
-
-
-TESTS = re.compile(r"kunit|^tools/testing/|^lib/test_|^Documentation/|_test\.")
-
-
-def code_lines(repo, commit):
-    """How many lines of code a commit adds: not blank, no comment, and not of tests."""
-    count, path, in_tests = 0, "", False
-    for line in git(repo, "show", "--format=", "--no-renames", "--no-color", "--unified=100000", commit).splitlines():
-        if line.startswith("+++ "):
-            path, in_tests = line[6:], False
-        elif line[:1] in "+ " and path:
-            in_tests = in_tests or line[1:].startswith("#[kunit_tests(")
-            text = line[1:].strip()
-            if line[0] == "+" and text and not in_tests and not TESTS.search(path) and \
-               not text.startswith(("//", "/*", "*", "# ", "#!")):
-                count += 1
-    return count
-
-
-def rewritten(repo, base, head):
-    """{commit: how many lines it takes away that an earlier commit of the series has added}."""
-    commits = git(repo, "rev-list", "--reverse", "%s..%s" % (base, head)).split()
-    counts = {}
-    for commit in commits:
-        path, ranges = None, {}
-        for line in git(repo, "diff", "--no-renames", "--no-color", "--unified=0", commit + "^", commit).splitlines():
-            if line.startswith("--- "):
-                path = line[6:] if line.startswith("--- a/") else None
-            m = re.match(r"@@ -(\d+)(?:,(\d+))? ", line)
-            if m and path and path != "MAINTAINERS" and m.group(2) != "0":
-                ranges.setdefault(path, []).extend(["-L", "%s,+%s" % (m.group(1), m.group(2) or "1")])
-        for path, lines in ranges.items():
-            blamed = git(repo, "blame", "-l", "-s", *lines, commit + "^", "--", path).splitlines()
-            counts[commit] = counts.get(commit, 0) + sum(l.split()[0] in commits for l in blamed)
-    return counts
 
 
 def mail_problems(name, data):

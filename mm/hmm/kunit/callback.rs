@@ -23,7 +23,8 @@ use super::{
 use kernel::{
     kunit::user_mm::{
         with_user_mm,
-        Prot, //
+        Prot,
+        UserMm, //
     },
     new_spinlock,
     page::PAGE_SIZE,
@@ -42,7 +43,7 @@ use kernel::{
     }, //
 };
 
-/// Sets the flag when it is dropped.
+/// A flag that is set when this is dropped.
 struct Gone(Arc<Atomic<u32>>);
 
 impl Drop for Gone {
@@ -56,10 +57,10 @@ impl Drop for Gone {
 struct Inward {
     #[pin]
     inside: SpinLock<Inside>,
-    drops: bool,
     /// The ops for a mirror that the driver tries to create in its callback.
     other: Arc<Recorder>,
-    _gone: Gone,
+    /// If this is set, the driver drops its mirror.
+    gone: Option<Gone>,
 }
 
 struct Inside {
@@ -69,7 +70,7 @@ struct Inside {
 }
 
 impl Inward {
-    fn new(drops: bool, gone: &Arc<Atomic<u32>>) -> Result<Arc<Self>> {
+    fn new(gone: Option<Gone>) -> Result<Arc<Self>> {
         let inside = Inside {
             mirror: None,
             buf: FaultBuf::new(0)?,
@@ -77,9 +78,8 @@ impl Inward {
         };
         let init = pin_init!(Self {
             inside <- new_spinlock!(inside),
-            drops,
             other: Recorder::new()?,
-            _gone: Gone(gone.clone()),
+            gone,
         }? Error);
         Arc::pin_init(init, GFP_KERNEL)
     }
@@ -89,7 +89,7 @@ impl MirrorOps for Inward {
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op> {
         let mut inside = self.inside.lock();
         let inside = &mut *inside;
-        if self.drops {
+        if self.gone.is_some() {
             inside.mirror = None;
         } else if let Some(mirror) = &inside.mirror {
             let req = FaultRequest::new(event.range(), Access::Read);
@@ -102,6 +102,19 @@ impl MirrorOps for Inward {
         }
         event.done()
     }
+}
+
+/// Unmaps a page that is mapped for the device of a driver which has its own mirror.
+fn unmap_for(mm: &UserMm, ops: Arc<Inward>) -> Result {
+    let page = map_aligned(mm, 1, Prot::ReadWrite)?;
+    user_write(page.start(), 7)?;
+    let mirror = Mirror::new(&MODULE, ops.clone())?;
+    let mut buf = FaultBuf::new(0)?;
+    mirror.fault(FaultRequest::new(page, Access::Read), &mut buf, |_| ())?;
+    ops.inside.lock().mirror = Some(mirror);
+    // Only the mirror has the driver now, unless the caller has.
+    drop(ops);
+    mm.munmap(page.start(), page.len())
 }
 
 #[kunit_tests(hmm_callback)]
@@ -153,15 +166,8 @@ mod tests {
     #[test]
     fn in_an_invalidation_every_mirror_is_edeadlk() -> Result {
         with_user_mm(|mm| {
-            let page = map_aligned(mm, 1, Prot::ReadWrite)?;
-            user_write(page.start(), 7)?;
-            let gone = Arc::new(Atomic::new(0), GFP_KERNEL)?;
-            let ops = Inward::new(false, &gone)?;
-            let mirror = Mirror::new(&MODULE, ops.clone())?;
-            let mut buf = FaultBuf::new(0)?;
-            mirror.fault(FaultRequest::new(page, Access::Read), &mut buf, |_| ())?;
-            ops.inside.lock().mirror = Some(mirror);
-            mm.munmap(page.start(), page.len())?;
+            let ops = Inward::new(None)?;
+            unmap_for(mm, ops.clone())?;
             let results = ops.inside.lock().results.take();
             assert_eq!(results, Some([Err(EDEADLK); 3]));
             let mirror = ops.inside.lock().mirror.take();
@@ -173,16 +179,8 @@ mod tests {
     #[test]
     fn a_mirror_that_is_dropped_in_its_own_invalidation_ends() -> Result {
         with_user_mm(|mm| {
-            let page = map_aligned(mm, 1, Prot::ReadWrite)?;
-            user_write(page.start(), 7)?;
             let gone = Arc::new(Atomic::new(0), GFP_KERNEL)?;
-            let ops = Inward::new(true, &gone)?;
-            let mirror = Mirror::new(&MODULE, ops.clone())?;
-            let mut buf = FaultBuf::new(0)?;
-            mirror.fault(FaultRequest::new(page, Access::Read), &mut buf, |_| ())?;
-            ops.inside.lock().mirror = Some(mirror);
-            drop(ops);
-            mm.munmap(page.start(), page.len())?;
+            unmap_for(mm, Inward::new(Some(Gone(gone.clone())))?)?;
             for _ in 0..5000 {
                 if gone.load(Relaxed) != 0 {
                     break;

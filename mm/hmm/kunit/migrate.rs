@@ -16,10 +16,7 @@ use super::{
             reserve as reserve_pages, //
         },
         fault::FaultRequest,
-        folio::{
-            tests::ALLOWED,
-            Effort, //
-        },
+        folio::Effort,
         hmm_range::FaultBuf,
         migrate::MigrateBuf,
         migrate_vma::{
@@ -76,14 +73,6 @@ use kernel::{
     },
     workqueue::system_dfl, //
 };
-
-/// Runs `f`, which can allocate only `count` pages of system memory.
-fn with_allocs<R>(count: usize, f: impl FnOnce() -> R) -> R {
-    ALLOWED.store(count, Relaxed);
-    let result = f();
-    ALLOWED.store(usize::MAX, Relaxed);
-    result
-}
 
 /// Windows of 16 pages.
 const ORDER: u32 = 4;
@@ -423,10 +412,6 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
-            // Only one page of system memory can be allocated.
-            assert!(with_allocs(1, || user_has(page(window, 7)?.start(), 8))?);
-            assert_eq!(setup.home(MigrateReason::CpuFault), 1);
-            assert_eq!(setup.used(), WINDOW - 1);
             // One page cannot be copied. Only this page stays, for each way of migrating back.
             setup.device.bad.store(9 * PAGE_SIZE, Relaxed);
             assert!(user_has(page(window, 5)?.start(), 6)?);
@@ -456,23 +441,6 @@ mod tests {
             // The other pages are still holes.
             assert_eq!(fault(&setup.mirror, window, Access::Read)?, 0);
             assert_eq!(setup.used(), 0);
-            Ok(())
-        })
-    }
-
-    #[test]
-    fn without_ram_the_pages_stay_on_the_device() -> Result {
-        with_user_mm(|mm| {
-            let mut setup = Setup::new()?;
-            let window = map_window(mm, Some(1))?;
-            setup.migrate_in(window)?;
-            assert_eq!(with_allocs(0, || setup.migrate_out(window)), Err(ENOMEM));
-            let touched = with_allocs(0, || user_has(window.start(), 1));
-            assert_eq!(touched, Err(EFAULT));
-            assert_eq!(setup.used(), WINDOW);
-            assert_eq!(with_allocs(3, || setup.migrate_out(window)), Ok(3));
-            assert_eq!(setup.home(MigrateReason::Request), 3);
-            assert!(holds(window, 1)?);
             Ok(())
         })
     }
@@ -944,7 +912,7 @@ mod tests {
             // SAFETY: mmap_lock is held, and the fault page is null.
             let collected =
                 unsafe { Collected::<ToRam>::at(pool, vma, window, null_mut(), arrays) }?;
-            let copied = with_allocs(0, || collected.copy(Effort::Try, Some(0)))?;
+            let copied = collected.copy(Effort::Try, Some(0))?;
             drop(copied.commit(MigrateReason::CpuFault));
             drop(guard);
             assert_eq!(setup.used(), WINDOW - 1);
@@ -1106,8 +1074,6 @@ mod tests {
             assert_eq!(setup.pool.evict().err(), Some(EIO));
             assert_eq!(setup.used(), WINDOW);
             setup.device.most.store(usize::MAX, Relaxed);
-            assert_eq!(with_allocs(0, || setup.pool.evict()).err(), Some(ENOMEM));
-            assert_eq!(setup.used(), WINDOW);
             assert!(holds(window, 1)?);
             Ok(())
         })

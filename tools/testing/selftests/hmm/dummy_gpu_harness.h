@@ -241,17 +241,27 @@ static inline int uffd_open(void)
 	return fd < 0 ? -errno : fd;
 }
 
-static inline int uffd_register(int fd, void *p, size_t length)
+static inline int uffd_enable(int fd, uint64_t features)
 {
-	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+
+	return ioctl(fd, UFFDIO_API, &api) ? -errno : 0;
+}
+
+static inline int uffd_register_mode(int fd, void *p, size_t length, uint64_t mode)
+{
 	struct uffdio_register reg = {
 		.range = { .start = gpu_addr(p), .len = length },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
+		.mode = mode,
 	};
 
-	if (ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &reg))
-		return -errno;
-	return 0;
+	return ioctl(fd, UFFDIO_REGISTER, &reg) ? -errno : 0;
+}
+
+static inline int uffd_register(int fd, void *p, size_t length)
+{
+	return uffd_enable(fd, 0) ?:
+	       uffd_register_mode(fd, p, length, UFFDIO_REGISTER_MODE_MISSING);
 }
 
 /* A thread that serves one fault of a userfaultfd. */

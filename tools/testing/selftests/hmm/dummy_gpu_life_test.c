@@ -1348,24 +1348,34 @@ TEST_F_SETS(merged_by_ksm)
  * CPU may hold back charges for 64 pages and as many changes of a statistic, so
  * a difference of two readings may be off by twice that.
  */
-/* Returns the charge, and the anonymous memory in it, in pages. */
-static void charges(const char *group, int64_t charge[2])
+
+/* A value in memory.stat, in bytes. */
+static int64_t memory_stat(const char *group, const char *name)
 {
+	const size_t length = strlen(name);
 	long long value = -1;
 	char path[120], line[100];
 	FILE *f;
 
-	snprintf(path, sizeof(path), "%s/memory.current", group);
-	charge[0] = number_in(path) / (int64_t)page;
 	snprintf(path, sizeof(path), "%s/memory.stat", group);
 	f = fopen(path, "re");
 	while (f && fgets(line, sizeof(line), f)) {
-		if (sscanf(line, "anon %lld", &value) == 1)
+		if (!strncmp(line, name, length) && sscanf(line + length, " %lld", &value) == 1)
 			break;
 	}
 	if (f)
 		fclose(f);
-	charge[1] = value / (int64_t)page;
+	return value;
+}
+
+/* The pages charged to a group: all of them, and the anonymous ones. */
+static void charges(const char *group, int64_t charge[2])
+{
+	char path[120];
+
+	snprintf(path, sizeof(path), "%s/memory.current", group);
+	charge[0] = number_in(path) / (int64_t)page;
+	charge[1] = memory_stat(group, "anon") / (int64_t)page;
 }
 
 /* Moves its memory and waits for the parent to read the charges. */
@@ -1455,22 +1465,88 @@ static bool lists(const char *path, const char *name)
 	return strstr(line, name);
 }
 
+/* Creates a group with the memory controller, or skips the test. */
+static bool charge_begin(struct __test_metadata *_metadata, LIFE *self, char group[100])
+{
+	if (!cgroups_begin(self, "cgroup2", NULL))
+		SKIP(return false, "no cgroup2: %s", strerror(errno));
+	snprintf(group, 100, "%s/cgroup.subtree_control", self->cgroups);
+	if (!lists(group, "memory")) {
+		self->controller = write_to(group, "+memory");
+		if (!self->controller)
+			SKIP(return false, "no memory controller in cgroup2");
+	}
+	snprintf(group, 100, "%s/dummy_gpu_test", self->cgroups);
+	ASSERT_EQ(0, mkdir(group, 0700));
+	return true;
+}
+
 TEST_F_SETS(charge)
 {
-	char path[100];
+	char group[100];
 
-	if (!cgroups_begin(self, "cgroup2", NULL))
-		SKIP(return, "no cgroup2: %s", strerror(errno));
-	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", self->cgroups);
-	if (!lists(path, "memory")) {
-		self->controller = write_to(path, "+memory");
-		if (!self->controller)
-			SKIP(return, "no memory controller in cgroup2");
+	if (!charge_begin(_metadata, self, group))
+		return;
+	charge_stays(_metadata, self, group);
+	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
+}
+
+/* A mirror allocates memory for the entries of each block of this size that is used. */
+#define BLOCK	(2UL << 20)
+#define BLOCKS	128
+
+/* Reads a byte of each block with the device. The pages stay holes. */
+static int mirroring_child(struct other *other)
+{
+	uint8_t *p = map(BLOCKS * BLOCK, PROT_READ | PROT_WRITE);
+	uint64_t *sum = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	int fd = gpu_open(GPU_DEVICE), err = fd < 0 || hear(other);
+
+	/* All that the first command allocates is there before the first count. */
+	err = err || run(fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p, 8)) || tell(other) || hear(other);
+	for (size_t i = 1; i < BLOCKS && !err; i++)
+		err = run(fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p + i * BLOCK, 8));
+	err = err || tell(other) || hear(other);
+	close(fd);
+	return err || tell(other) || hear(other);
+}
+
+/*
+ * The memory for the entries of a mirror is charged to the cgroup of the
+ * process, or a process could use as much as it likes.
+ */
+TEST_F_SETS(charge_of_entries)
+{
+	const int64_t entries = (BLOCKS - 1) * (BLOCK / page * sizeof(long)), noise = entries / 10;
+	struct other other;
+	char group[100], path[120], number[20];
+	int64_t slab[3];
+	pid_t pid;
+
+	if (!charge_begin(_metadata, self, group))
+		return;
+	pid = spawn(&other);
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(mirroring_child(&other));
+	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
+	snprintf(number, sizeof(number), "%d", pid);
+	self->grouped = pid;
+	ASSERT_TRUE(write_to(path, number));
+	for (size_t i = 0; i < ARRAY_SIZE(slab); i++) {
+		ASSERT_EQ(0, tell(&other));
+		ASSERT_EQ(0, hear(&other));
+		slab[i] = memory_stat(group, "slab");
+		ASSERT_LE(0, slab[i]);
 	}
-	snprintf(path, sizeof(path), "%s/dummy_gpu_test", self->cgroups);
-	ASSERT_EQ(0, mkdir(path, 0700));
-	charge_stays(_metadata, self, path);
-	EXPECT_EQ(0, rmdir(path)) TH_LOG("%s", strerror(errno));
+	EXPECT_LE(slab[0] + entries, slab[1]);
+	EXPECT_GE(slab[0] + entries + noise, slab[1]);
+	/* Closing the file frees the entries, the first block's too. */
+	EXPECT_GE(slab[0] + noise, slab[2]);
+	ASSERT_EQ(0, tell(&other));
+	self->grouped = 0;
+	EXPECT_EQ(0, ended(&other));
+	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
 }
 
 /*

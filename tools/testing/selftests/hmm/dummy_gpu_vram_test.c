@@ -9,6 +9,7 @@
 #include <linux/mempolicy.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/uio.h>
@@ -328,6 +329,81 @@ TEST_F(vram, no_eviction_for_what_does_not_move)
 	munmap(victim, self->size);
 	close(fd);
 	close(file);
+}
+
+/* Makes /dev/ram0 a swap device, as mkswap and swapon do. */
+static int swap_on(const char *path)
+{
+	struct {
+		uint8_t boot[1024];
+		uint32_t version;
+		uint32_t last_page;
+	} header = { .version = 1 };
+	int fd = open(path, O_RDWR | O_EXCL | O_CLOEXEC);
+	off_t size = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
+	bool written;
+
+	if (size <= 0)
+		return -ENODEV;
+	header.last_page = size / page - 1;
+	written = pwrite(fd, &header, sizeof(header), 0) == sizeof(header) &&
+		  pwrite(fd, "SWAPSPACE2", 10, page - 10) == 10;
+	close(fd);
+	if (!written)
+		return -EIO;
+	return swapon(path, 0) ? -errno : 0;
+}
+
+/* The pages of a range that are swapped out. Pages on the device seem to be, too. */
+static size_t pages_swapped(uint8_t *p, size_t length)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	size_t count = 0;
+	uint64_t entry;
+
+	for (size_t i = 0; i < length; i += page) {
+		if (pread(fd, &entry, sizeof(entry), gpu_addr(p + i) / page * 8) == sizeof(entry))
+			count += entry >> 62 & 1;
+	}
+	close(fd);
+	return count;
+}
+
+/* Nothing is evicted to make room for memory that is swapped out. */
+TEST_F(vram, no_eviction_for_what_is_swapped_out)
+{
+	const char *disk = "/dev/ram0";
+	const size_t length = 64 * page;
+	uint8_t *victim = map_filled(_metadata, self->fd, self->size, 0x5a);
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	struct dummy_gpu_stats before, after;
+	size_t swapped = 0;
+	int fd = gpu_open(GPU_DEVICE), err;
+
+	ASSERT_LE(0, fd);
+	ASSERT_NE(MAP_FAILED, p);
+	err = swap_on(disk);
+	if (err)
+		SKIP(return, "no swap on %s: %s", disk, strerror(-err));
+	memset(p, 3, length);
+	for (int i = 0; i < 100 && swapped != length / page; i++) {
+		madvise(p, length, MADV_PAGEOUT);
+		swapped = pages_swapped(p, length);
+	}
+	before = stats_of(_metadata, self->fd);
+	err = run(fd, gpu_unary(DUMMY_GPU_OP_SUM, self->result, p, length));
+	after = stats_of(_metadata, self->fd);
+	EXPECT_EQ(0, swapoff(disk));
+
+	EXPECT_EQ(length / page, swapped);
+	EXPECT_EQ(0, err);
+	EXPECT_EQ(sum_of(3, length), *self->result);
+	EXPECT_EQ(before.pages_evicted, after.pages_evicted);
+	EXPECT_EQ(0, stats_of(_metadata, fd).pages_to_device);
+	EXPECT_EQ(self->size, cpu_unlike(victim, 0x5a, self->size));
+	munmap(p, length);
+	munmap(victim, self->size);
+	close(fd);
 }
 
 TEST_F(vram, policy_system)
@@ -1276,20 +1352,16 @@ TEST_F(vram, memory_with_reported_accesses_stays)
 {
 	const size_t length = 4 * page;
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
-	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_RWP };
-	struct uffdio_register reg = {
-		.range = { .start = gpu_addr(p), .len = length },
-		.mode = UFFDIO_REGISTER_MODE_RWP,
-	};
+	struct uffdio_range range = { .start = gpu_addr(p), .len = length };
 	int uffd = uffd_open();
 
 	ASSERT_NE(MAP_FAILED, p);
-	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
+	if (uffd < 0 || uffd_enable(uffd, UFFD_FEATURE_RWP))
 		SKIP(return, "no userfaultfd with RWP");
 	memset(p, 0x22, length);
-	ASSERT_EQ(0, ioctl(uffd, UFFDIO_REGISTER, &reg));
+	ASSERT_EQ(0, uffd_register_mode(uffd, p, length, UFFDIO_REGISTER_MODE_RWP));
 	EXPECT_EQ(0, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
-	ASSERT_EQ(0, ioctl(uffd, UFFDIO_UNREGISTER, &reg.range));
+	ASSERT_EQ(0, ioctl(uffd, UFFDIO_UNREGISTER, &range));
 	EXPECT_EQ(4, prefetch_all(self->fd, p, length, DUMMY_GPU_LOCATION_DEVICE));
 	EXPECT_EQ(length, cpu_unlike(p, 0x22, length));
 	close(uffd);
