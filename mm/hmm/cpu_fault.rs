@@ -89,8 +89,12 @@ unsafe fn retry_after(vmf: *mut bindings::vm_fault, wait: impl FnOnce()) -> bind
     // the caller holds mmap_lock.
     let (flags, mm) = unsafe { ((*vmf).flags, (*(*vmf).__bindgen_anon_1.vma).vm_mm) };
     let no_wait = bindings::fault_flag_FAULT_FLAG_RETRY_NOWAIT;
-    if flags & bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY == 0 || flags & no_wait != 0 {
+    if flags & bindings::fault_flag_FAULT_FLAG_ALLOW_RETRY == 0 {
         return 0;
+    }
+    // The lock stays held in this case, as in __folio_lock_or_retry().
+    if flags & no_wait != 0 {
+        return bindings::vm_fault_reason_VM_FAULT_RETRY;
     }
     // SAFETY: The caller holds mmap_lock for read (see the # Safety section).
     // FAULT_FLAG_ALLOW_RETRY allows releasing it, and VM_FAULT_RETRY tells mm so, as in

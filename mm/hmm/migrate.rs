@@ -371,8 +371,7 @@ fn migratable(vma: Option<&VmaRef>, range: PageRange) -> Result<(PageRange, Opti
 
 /// Whether mm can migrate pages of `vma` to device-private memory, and a device can use them there.
 fn can_migrate(vma: &VmaRef) -> bool {
-    // KSM keeps the pages that it has merged in a tree, and reads them. A migration would put pages
-    // of the device there.
+    // KSM merges no pages in device memory, and the process has asked for merging.
     let special = flags::IO
         | flags::PFNMAP
         | flags::DONTEXPAND

@@ -2,15 +2,18 @@
 """`make debug`: KUnit and the selftests under the kernel's checkers, each of which first finds a
 bug that is planted for it."""
 
+import concurrent.futures
 import glob
 import os
 import re
+import shutil
+import time
 
 from common import HERE, Failure, logfile, read, run, write
 from prove import apply, diff_of
 
 PLANTED = os.path.join(HERE, "planted")
-KERNEL = "debug"
+KERNEL, BROKEN = "debug", "debug-planted"
 SMP = ("ncpus=2", "seccomp=on")     # UML has a second CPU with both only
 TIMEOUT = 900
 NO_KMEMLEAK = ("dmirror_fork_test",)    # it takes twice the time there; what it allocates, dmirror_test does too
@@ -27,10 +30,10 @@ def debug_kernel(kernels):
     return kernels.build(KERNEL, kernels.kunitconfig(), HERE + "/um.config", HERE + "/debug.config")
 
 
-def boot(kernels, program, name, extra, out=None):
+def boot(kernels, program, name, extra, out=None, kernel=KERNEL):
     """Returns the program's status. Two CPUs are asserted."""
     status = kernels.boot(program, out=out, err=out, name=name, timeout=TIMEOUT, extra=SMP + tuple(extra),
-                          kernel=KERNEL)
+                          kernel=kernel)
     if not re.search(r"smp: Brought up 1 node, 2 CPUs", read(logfile(name))):
         raise Failure("it ran on one CPU", logfile(name))
     return status
@@ -75,40 +78,51 @@ def kunit_results(kernels, text):
     return results
 
 
-def planted(tally, base, head, kernels, worktree):
-    """One build with all of them, and a boot for each with only the test that gets there."""
-    files = sorted(glob.glob(PLANTED + "/*.diff"))
+def find(kernels, path):
+    """The checker says of the planted bug what it has to."""
+    name = os.path.basename(path)[:-5]
+    prose, tests = diff_of(path)
+    says = re.search(r"^Says: (.*)$", prose, re.M)
+    if len(tests) != 1 or not says:
+        raise Failure("%s names no test, or not what is to be said (Test:, Says:)" % path)
+    log = logfile("debug-planted-" + name)
+    try:
+        boot(kernels, nothing(kernels), "debug-planted-" + name,
+             ["kunit.filter_glob=" + tests[0]] + ["kmemleak=off"] * (name != "kmemleak"), kernel=BROKEN)
+    except Failure as e:
+        if e.status != 125:      # a report may end in a panic
+            raise
+    text = read(log)
+    if not re.search(says.group(1), "\n".join(leaks(text)) if name == "kmemleak" else text):
+        raise Failure("%s: the kernel does not say %r" % (tests[0], says.group(1)), log)
+
+
+def debug(tally, base, head, kernels, worktree):
+    files, programs = sorted(glob.glob(PLANTED + "/*.diff")), None
     with tally.test("debug: the kernel builds with %d planted bugs" % len(files)):
         src = worktree(base, "src", head)
         for path in files:
             apply(src, path)
         debug_kernel(kernels)
-    for path in files:
-        name = os.path.basename(path)[:-5]
-        prose, tests = diff_of(path)
-        with tally.test("debug: %s is found" % name):
-            says = re.search(r"^Says: (.*)$", prose, re.M)
-            if len(tests) != 1 or not says:
-                raise Failure("%s names no test, or not what is to be said (Test:, Says:)" % path)
-            log = logfile("debug-planted-" + name)
-            try:
-                boot(kernels, nothing(kernels), "debug-planted-" + name,
-                     ["kunit.filter_glob=" + tests[0]] + ["kmemleak=off"] * (name != "kmemleak"))
-            except Failure as e:
-                if e.status != 125:      # a report may end in a panic
-                    raise
-            text = read(log)
-            if not re.search(says.group(1), "\n".join(leaks(text)) if name == "kmemleak" else text):
-                raise Failure("%s: the kernel does not say %r" % (tests[0], says.group(1)), log)
-    worktree(base, "src", head)
-
-
-def debug(tally, base, head, kernels, worktree):
-    planted(tally, base, head, kernels, worktree)
-    with tally.test("debug: the kernel and the programs build"):
-        debug_kernel(kernels)
-        directory, names = kernels.programs()
+        shutil.copy(os.path.join(kernels.dir(KERNEL), "linux"), kernels.dir(BROKEN))
         nothing(kernels)
+        programs = ()
+    if programs is None:
+        return
+    # A boot for each bug, with only the test that gets there, while the kernel without them is built.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        began = time.monotonic()
+        found = [(path, thread.submit(find, kernels, path)) for path in files]
+        with tally.test("debug: the kernel and the programs build"):
+            worktree(base, "src", head)
+            debug_kernel(kernels)
+            programs = kernels.programs()
+        for path, future in found:
+            with tally.test("debug: %s is found" % os.path.basename(path)[:-5], began):
+                future.result()
+    if not programs:
+        return
+    directory, names = programs
     log, results = logfile("debug-kunit"), []
     with tally.test("debug: KUnit"):
         boot(kernels, nothing(kernels), "debug-kunit", ["kunit.enable=1"])

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 
-from common import (HERE, JOBS, KILLED, Failure, duration, git_ok, kill_group, logfile, output, read, run,
-                    scratch, write)
+from common import (HERE, JOBS, KILLED, RUNNING, Failure, duration, git_ok, kill_group, logfile, output, read,
+                    run, scratch, write)
 
 SELFTESTS = "tools/testing/selftests/hmm"
 DEMO = "dummy_gpu_demo"
@@ -270,6 +270,7 @@ class Kernels:
                 f.flush()
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f, cwd=tmp,
                                            env=self.tc.env, start_new_session=True, pass_fds=consoles)
+        RUNNING.add(process)
         ended = threading.Event()
         threads = [threading.Thread(target=follow, args=(p, to, ended), daemon=True)
                    for p, to in zip(paths, (out, err))]
@@ -281,6 +282,7 @@ class Kernels:
             raise Failure("the boot did not end within %s" % duration(timeout), log, 124)
         finally:
             kill_group(process)
+            RUNNING.discard(process)
             ended.set()
             for t in threads:
                 t.join(10)

@@ -2,9 +2,12 @@
 """Mainline's tests of mm, tools/testing/selftests/mm, unmodified: each as it is, and linked with the object of
 the series that keeps moving a program's memory to the GPU and back. The results have to be the same."""
 
+import concurrent.futures
+import contextlib
 import fnmatch
 import os
 import re
+import time
 
 from common import HERE, JOBS, Failure, logfile, read, run, say
 
@@ -152,28 +155,35 @@ def compare(tally, tier, program, runs, allowed):
         say("      %d of them differ (%s): %s" % (len(numbers), reason, " ".join(numbers[:12])))
 
 
+@contextlib.contextmanager
 def mm_tests(tally, kernels, tier, boot):
-    """All in one boot, by boot(program, arguments, log, output)."""
+    """All in one boot, by boot(program, arguments, log, output), beside what the caller does meanwhile."""
     log = "%s-mm-tests" % tier
     output = logfile(log + "-output")
-    done = False
+    directories = None
     with tally.test("%s: mainline's mm tests build" % tier):
-        directories = build(kernels)
         turns = kernels.static("turns")
         allowed = Allowed(tier)
-        done = True
-    if not done:
+        directories = build(kernels)
+    if not directories:
+        yield
         return
     args = []
     for program, (name, *more) in COMMANDS.items():
         for variant, directory in zip(("plain", "moved"), directories):
             args += ["--", str(LIMIT), str(REPEAT if variant == "moved" else 0), str(TIMES),
                      "%s/%s" % (program, variant), "/host%s/%s" % (directory, name)] + more
-    with tally.test("%s: mainline's mm tests, as they are and while their memory moves" % tier):
+
+    def run():
         with open(output, "wb") as f:
-            status = boot(turns, args[1:], log, f)
-        if status:
-            raise Failure("it ended with status %d" % status, output)
+            return boot(turns, args[1:], log, f)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        began, status = time.monotonic(), thread.submit(run)
+        yield
+        with tally.test("%s: mainline's mm tests, as they are and while their memory moves" % tier, began):
+            if status.result():
+                raise Failure("it ended with status %d" % status.result(), output)
     runs = parse(read(output))
     for program in COMMANDS:
         compare(tally, tier, program, runs.get(program, {}), allowed)

@@ -267,7 +267,8 @@ def x86(tally, kernels):
     upstream(tally, kernels, kernel, tests)
     # They take eleven minutes.
     if os.environ.get("MM") == "1":
-        mmtests.mm_tests(tally, kernels, "x86", functools.partial(mm_boot, kernels, kernel))
+        with mmtests.mm_tests(tally, kernels, "x86", functools.partial(mm_boot, kernels, kernel)):
+            pass
     for name in names:
         kernels.selftest(
             tally, "x86", name, prefix=prefix(), look=quiet,
