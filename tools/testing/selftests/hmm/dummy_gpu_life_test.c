@@ -1539,8 +1539,8 @@ TEST_F_SETS(charge_of_entries)
 		slab[i] = memory_stat(group, "slab");
 		ASSERT_LE(0, slab[i]);
 	}
+	/* With KASAN each takes more memory. */
 	EXPECT_LE(slab[0] + entries - noise, slab[1]);
-	EXPECT_GE(slab[0] + entries + noise, slab[1]);
 	/* Closing the file frees the entries, the first block's too. */
 	EXPECT_GE(slab[0] + noise, slab[2]);
 	ASSERT_EQ(0, tell(&other));
