@@ -31,8 +31,10 @@ pub struct Commit<'c> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Entry<'c> {
-    /// No page is mapped. A fault may map one or fail: poisoned pages, guard pages and pages of
-    /// other devices are reported like this, too.
+    /// No page is mapped for the device. A fault may map one or fail. Swapped-out pages, poisoned
+    /// pages, guard pages, pages of other devices and pages that are exclusive to a device are
+    /// reported like this, too. So a hole is no reason to remove a translation: only
+    /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) is.
     Hole,
     /// Nothing is accessible, and a fault would fail: there is no VMA, no read permission, or no
     /// memory that the kernel can reach.
@@ -87,7 +89,7 @@ impl ReadPage<'_> {
 
     /// The order of the naturally aligned block around the page that the CPU maps as one, clamped
     /// to the window. All pages of the block are present, physically contiguous, and allow the same
-    /// access.
+    /// access. A later invalidation may be for a part of the block.
     #[inline]
     pub fn order(&self) -> u32 {
         self.order

@@ -55,7 +55,8 @@ pub enum CopyOp<'a> {
         to: NewMemory<'a>,
     },
     /// Fill the device's memory with zeroes. The pages have no source, since the process has not
-    /// written to them yet.
+    /// written to them yet. The memory may hold data of other processes, so this must not be
+    /// skipped.
     Zero {
         /// The destination.
         to: DeviceRange,

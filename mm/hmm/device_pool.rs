@@ -99,11 +99,16 @@ impl<T: PoolOps> DevicePool<T> {
     /// Creates a pool that can grow to `max_chunks` chunks of `chunk_pages` pages each. `module` is
     /// the module that contains the code of `ops`: `this_module::<crate::LocalModule>()`.
     ///
-    /// All of the device's memory belongs to the pool. Nobody else may use any of it.
+    /// The pool represents one part of the device's memory, which the driver uses for nothing else.
+    /// Addresses that the core passes to the driver are bytes from the start of that part.
+    ///
+    /// `name` appears in `/proc/iomem`. Each chunk has its own `struct page`s and reserves a range
+    /// of physical addresses that is rounded up to a memory section (128 MiB on x86_64), so a large
+    /// device should have large chunks.
     ///
     /// # Errors
     ///
-    /// - [`EINVAL`] if there are no chunks, if `chunk_pages` is not a multiple of 512, or if there
+    /// - [`EINVAL`] if `max_chunks` or `chunk_pages` is zero, if `chunk_pages` is not a multiple of 512, or if there
     ///   are `u32::MAX` or more pages in all.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     /// - [`ENOMEM`].
@@ -123,7 +128,8 @@ impl<T: PoolOps> DevicePool<T> {
 
     /// Migrates all pages in use back to system memory, for example before the device loses power.
     ///
-    /// Other pages may migrate to the device meanwhile. The driver must prevent this.
+    /// Other pages may migrate to the device meanwhile. The driver must prevent this: for example,
+    /// it can set a flag that makes its faults skip the migration, and wait for those that run.
     ///
     /// # Context
     ///

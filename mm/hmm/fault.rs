@@ -60,9 +60,10 @@ pub struct FaultRequest {
 impl FaultRequest {
     /// Requests `access` to the pages of `need`.
     ///
-    /// One call of [`Mirror::fault`] serves one window: the pages from the start of `need` to the
-    /// end of the aligned block that the [`FaultBuf`] spans, clipped to the VMA and the region.
-    /// [`Commit::needed`] returns the part of `need` that was served.
+    /// One call of [`Mirror::fault`] serves one window: the aligned block of pages of the
+    /// [`FaultBuf`]'s order that contains the start of `need`, clipped to the VMA and the region.
+    /// The window may begin before `need`, and is smaller after collisions. [`Commit::needed`]
+    /// returns the part of `need` in it, which was served.
     #[inline]
     pub fn new(need: PageRange, access: Access) -> Self {
         Self {
@@ -75,8 +76,8 @@ impl FaultRequest {
     /// Requests a report of `range`, without a fault.
     ///
     /// One call of [`Mirror::fault`] serves one window: the pages from the start of `range` to the
-    /// end of the aligned block that the [`FaultBuf`] spans, clipped to the region. Holes between
-    /// VMAs are reported as [`Entry::Error`](super::Entry::Error).
+    /// end of the aligned block that the [`FaultBuf`] spans, clipped to the region. Addresses
+    /// without a VMA are reported as [`Entry::Error`](super::Entry::Error).
     #[inline]
     pub fn snapshot(range: PageRange) -> Self {
         Self {
@@ -299,8 +300,10 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// The caller is a task of the mirrored process, and holds no lock. Sleeps in the page fault
-    /// handlers, and a fatal signal ends the wait. `f` runs with the region's lock held for write,
+    /// A task of the mirrored process. It holds neither `mmap_lock` nor a VMA lock, no lock that is
+    /// taken under one of them, and no lock that the driver's callbacks and closures take. Sleeps
+    /// in the page fault handlers, for as long as user space likes if it handles a fault; a fatal
+    /// signal ends the wait. `f` runs with the region's lock held for write,
     /// and invalidations wait for this lock. `f` may sleep; apart from that the rules of
     /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) apply to it.
     ///
@@ -312,7 +315,8 @@ impl Mirror {
     ///   `memfd_secret()`; for a snapshot, if there is no VMA in the window.
     /// - [`EINTR`] if the task received a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding until the time limit for retries had passed.
-    /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
+    /// - [`EDEADLK`] if called from a callback or closure that this crate runs, or while page faults
+    ///   are disabled for the task.
     /// - [`ENOMEM`] if there is no memory for the page or for the region.
     #[inline]
     pub fn fault<R>(

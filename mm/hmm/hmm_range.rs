@@ -91,8 +91,8 @@ impl FaultBuf {
         Ok(())
     }
 
-    /// How often an invalidation collided with the last fault, so that it discarded its report and
-    /// started again.
+    /// How often the last fault discarded its report and started again, in most cases because an
+    /// invalidation collided with it.
     #[inline]
     pub fn retries(&self) -> u32 {
         self.retries

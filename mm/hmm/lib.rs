@@ -21,8 +21,8 @@
 //!   it. The driver sees it as an [`Entry`]. An entry holds no reference to its page. The notifier
 //!   takes the region's lock for write and erases the entry before mm takes the page away, so an
 //!   entry is valid while the region's lock is held.
-//! - A **window** is the part of a request that one call serves: the part that lies in one aligned
-//!   block of pages, 2 MiB at most where pages have 4 KiB. The driver calls again for the rest.
+//! - A **window** is what one call serves: an aligned block of pages, 2 MiB at most where pages have
+//!   4 KiB, clipped to the region and the VMA. The driver calls again for the rest of its request.
 //! - A **commit** ([`Commit`]) is what a successful fault passes to the driver: the entries of a
 //!   window, and the proof that no invalidation has collided with the fault.
 //! - A **pool** ([`DevicePool`]) is the memory of a device as device-private `struct page`s, which
@@ -88,7 +88,9 @@
 //!   call of [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that
 //!   was made from its own [`Invalidate`].
 //! - [`CopyBatch`], [`CopyOp`], [`DeviceRange`] and [`NewMemory`] are passed to [`PoolOps::copy`]
-//!   and have no destructor. If the driver skips or forgets a part of a batch, the batch fails.
+//!   and have no destructor. A batch fails if the driver has not taken all of its items, or has not
+//!   written every byte of a [`NewMemory`]. The core cannot see the device's memory: it relies on
+//!   the driver for [`CopyOp::ToDevice`] and [`CopyOp::Zero`].
 //! - [`PageData`] is owned by a page in use. The driver gets it back when the page is freed, so
 //!   what the driver does with it then cannot affect the page.
 //! - [`FaultBuf`] and [`MigrateBuf`] are scratch memory. No call uses what an earlier one left

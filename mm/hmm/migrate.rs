@@ -128,7 +128,8 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// A task of the mirrored process, which holds no lock. May evict pages of any process, but no
+    /// A task of the mirrored process. For the locks that it may hold, see [`Mirror::fault`]. May
+    /// evict pages of any process, but no
     /// more than move to the device in exchange. `data` is called with `mmap_lock` held and pages
     /// locked, so it must not allocate memory in a way that waits. Page faults are disabled in it:
     /// an access to user memory that is not present fails. Calls of this crate fail, too.
@@ -145,7 +146,8 @@ impl Mirror {
     /// - [`EIO`] if [`PoolOps::copy`] returned before the end of its batch, and the errors of
     ///   [`PoolOps::copy`].
     ///
-    /// On an error, the pages that have not moved yet stay where they were.
+    /// An error means that no page has moved. If some pages have moved, the call succeeds, even if
+    /// it could not go on because of an error or a fatal signal.
     #[inline]
     pub fn migrate_to_device<T: PoolOps>(
         &self,

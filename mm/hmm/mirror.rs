@@ -121,7 +121,7 @@ impl WorkItem for Inner {
 /// driver leaks a mirror (by a cycle of references, say), its module cannot be unloaded, but
 /// nothing else breaks.
 ///
-/// Dropping a mirror waits for running callbacks. So never drop it with a lock held that
+/// Dropping a mirror sleeps: it waits for running callbacks. So never drop it with a lock held that
 /// [`MirrorOps::invalidate`] takes. If it is dropped in a callback or closure that this crate runs,
 /// a work item drops its contents later.
 pub struct Mirror {
@@ -144,13 +144,15 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// Takes `mmap_lock` for write if the mm has no interval notifier yet.
+    /// Takes `mmap_lock` for write if the mm has no interval notifier yet. So do not call this in
+    /// the open() of a misc device, which runs under `misc_mtx`; the first ioctl can do it.
     ///
     /// # Errors
     ///
     /// - [`EINVAL`] if the current task has no address space.
     /// - [`ENODEV`] if the module is being unloaded.
-    /// - [`EINTR`] if a signal is pending and the mm has no interval notifier yet.
+    /// - [`EINTR`] if any signal is pending and the mm has no interval notifier yet. Nothing was
+    ///   done: an ioctl can return `ERESTARTNOINTR`.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     /// - [`ENOMEM`].
     #[inline(never)]

@@ -130,9 +130,13 @@ pub enum MigrateReason {
 
 /// The callbacks of a driver with device memory.
 ///
-/// Addresses are in bytes from the start of the device's memory.
+/// Addresses are in bytes from the start of the pool's part of the device's memory.
+///
+/// The core keeps this object until the last mirror with the pool is dropped, which may be after
+/// the [`DevicePool`](super::DevicePool). So the object should own nothing that has to go earlier.
 pub trait PoolOps: Send + Sync + 'static {
-    /// The data that the driver keeps for each page.
+    /// The data that the driver keeps for each page: an [`Arc`](kernel::sync::Arc) of a type of its
+    /// own, or a `u64`. Both implement [`PageData`]. A driver that has nothing to keep uses `u64`.
     type PageData: PageData;
 
     /// Performs all operations of `batch`. The copies must be complete when this returns.
@@ -153,7 +157,10 @@ pub trait PoolOps: Send + Sync + 'static {
     ///
     /// - [`EAGAIN`], [`EBUSY`] and [`EINTR`] are transient: the CPU waits, killably, and faults
     ///   again.
-    /// - All other errors end in SIGBUS.
+    /// - All other errors end in SIGBUS, [`ENOMEM`] too. So allocate what copies need in advance,
+    ///   or return [`EAGAIN`] if an allocation fails.
+    ///
+    /// In an eviction, [`ENOMEM`] stands for a lack of system memory, and ends the eviction.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
 
     /// Reads the device's memory at `address`, for [`Mirror::read`](super::Mirror::read).
@@ -187,7 +194,9 @@ pub trait PoolOps: Send + Sync + 'static {
         reason: MigrateReason,
     );
 
-    /// A page was freed. Gives the data of the page back to the driver, once for each page.
+    /// A page was freed. Gives the data of the page back to the driver, once for each page: also if
+    /// the page did not migrate in the end, and without a call of [`PoolOps::migrated_to_ram`] if
+    /// the process has unmapped it.
     ///
     /// # Context
     ///

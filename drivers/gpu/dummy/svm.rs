@@ -261,7 +261,6 @@ impl Svm {
     ///
     /// - [`EFAULT`] if nothing is mapped at the address that the prefetch has reached.
     /// - [`EINTR`] on a signal.
-    /// - [`EBUSY`] if invalidations kept colliding.
     /// - [`ENOMEM`] if the memory that the pages should migrate to has no room.
     pub(crate) fn prefetch(&self, range: PageRange, location: Location) -> Result<Prefetched> {
         let vram = self.vram.as_ref().ok_or(ENODEV)?;

@@ -322,7 +322,6 @@ enum dummy_gpu_location {
  *  - ENOMEM: The device's memory is full and nothing in it can be evicted,
  *    there is no free system memory, or the ioctl could not allocate its
  *    buffers.
- *  - EBUSY: The mapping kept changing until the time for retries was over.
  *  - EINTR: A signal arrived. Call the ioctl again for the rest of the range.
  *
  * @size, @done and @pages are written back unless one of the general errors
