@@ -108,8 +108,8 @@ impl<T: PoolOps> DevicePool<T> {
     ///
     /// # Errors
     ///
-    /// - [`EINVAL`] if `max_chunks` or `chunk_pages` is zero, if `chunk_pages` is not a multiple of 512, or if there
-    ///   are `u32::MAX` or more pages in all.
+    /// - [`EINVAL`] if `max_chunks` or `chunk_pages` is zero, if `chunk_pages` is not a multiple of
+    ///   512, or if there are `u32::MAX` or more pages in all.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     /// - [`ENOMEM`].
     #[inline]

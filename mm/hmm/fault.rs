@@ -315,8 +315,8 @@ impl Mirror {
     ///   `memfd_secret()`; for a snapshot, if there is no VMA in the window.
     /// - [`EINTR`] if the task received a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding until the time limit for retries had passed.
-    /// - [`EDEADLK`] if called from a callback or closure that this crate runs, or while page faults
-    ///   are disabled for the task.
+    /// - [`EDEADLK`] if called from a callback or closure that this crate runs, or while page
+    ///   faults are disabled for the task.
     /// - [`ENOMEM`] if there is no memory for the page or for the region.
     #[inline]
     pub fn fault<R>(

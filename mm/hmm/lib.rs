@@ -21,8 +21,8 @@
 //!   it. The driver sees it as an [`Entry`]. An entry holds no reference to its page. The notifier
 //!   takes the region's lock for write and erases the entry before mm takes the page away, so an
 //!   entry is valid while the region's lock is held.
-//! - A **window** is what one call serves: an aligned block of pages, 2 MiB at most where pages have
-//!   4 KiB, clipped to the region and the VMA. The driver calls again for the rest of its request.
+//! - A **window** is what one call serves: an aligned block of pages, 2 MiB at most where pages
+//!   have 4 KiB, clipped to the region and the VMA. The driver calls again for the rest.
 //! - A **commit** ([`Commit`]) is what a successful fault passes to the driver: the entries of a
 //!   window, and the proof that no invalidation has collided with the fault.
 //! - A **pool** ([`DevicePool`]) is the memory of a device as device-private `struct page`s, which

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -256,9 +257,8 @@ def identity(name, email, date):
 @contextlib.contextmanager
 def scratch(name):
     """A directory in the cache for something half done; gone afterwards, whatever happens."""
-    path = os.path.join(CACHE, "tmp", "%s.%d" % (name, os.getpid()))
-    shutil.rmtree(path, ignore_errors=True)
-    os.makedirs(path)
+    os.makedirs(os.path.join(CACHE, "tmp"), exist_ok=True)
+    path = tempfile.mkdtemp(prefix=name + ".", dir=os.path.join(CACHE, "tmp"))
     try:
         yield path
     finally:
