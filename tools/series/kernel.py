@@ -144,7 +144,9 @@ class Kernels:
     def kunit_image(self):
         """A copy of the KUnit kernel, to be booted while the next is built: one of two."""
         path = self.dir(next(self.images))
-        shutil.copy(os.path.join(self.kunit_dir(), "linux"), path)
+        # Not over one that somebody still runs.
+        shutil.copy(os.path.join(self.kunit_dir(), "linux"), os.path.join(path, "linux.new"))
+        os.replace(os.path.join(path, "linux.new"), os.path.join(path, "linux"))
         return path
 
     def kunit_run(self, pattern=None, timeout=BOOT_TIMEOUT, image=None):
