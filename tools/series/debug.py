@@ -6,7 +6,6 @@ import concurrent.futures
 import glob
 import os
 import re
-import shutil
 import time
 
 from common import HERE, Failure, logfile, read, run, write
@@ -104,7 +103,7 @@ def debug(tally, base, head, kernels, worktree):
         for path in files:
             apply(src, path)
         debug_kernel(kernels)
-        shutil.copy(os.path.join(kernels.dir(KERNEL), "linux"), kernels.dir(BROKEN))
+        kernels.copy(KERNEL, BROKEN)
         nothing(kernels)
         programs = ()
     if programs is None:

@@ -38,29 +38,36 @@ class Kernels:
         os.makedirs(path, exist_ok=True)
         return path
 
+    def mark(self, name):
+        """What the last make in a build directory has left, if it ended and its files are on the disk."""
+        return os.path.join(self.out, name + ".whole")
+
+    def trust(self, name):
+        """A make that was killed, or whose files did not reach the disk before the machine went down,
+        leaves files that are empty and newer than what they are made of. So a directory without the
+        mark is built anew, when this process first comes to it."""
+        if name not in self.entered and not os.path.exists(self.mark(name)):
+            shutil.rmtree(self.dir(name))
+            self.dir(name)
+        self.entered.add(name)
+
     @contextlib.contextmanager
     def building(self, name):
-        """Around each make in a build directory. One that was killed, or whose files did not reach the
-        disk before the machine went down, leaves files that are empty and newer than what they are made
-        of. So a directory without the mark that the last make in it left is built anew."""
-        path, mark = self.dir(name), os.path.join(self.out, name + ".whole")
-        if path not in self.entered and not os.path.exists(mark):
-            shutil.rmtree(path)
-            os.makedirs(path)
-        self.entered.add(path)
+        """Around each make in a build directory."""
+        self.trust(name)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(mark)
-        def whole():
-            os.sync()
-            write(mark, "")
-
+            os.unlink(self.mark(name))
         try:
             yield
         except Failure as e:
             if e.status != KILLED:
-                whole()
+                self.leave(name)
             raise
-        whole()
+        self.leave(name)
+
+    def leave(self, name):
+        os.sync()
+        write(self.mark(name), "")
 
     def make(self, name, *args, log=None, arch="um", check=True, timeout=3600, what=None):
         """make in the build directory of that name."""
@@ -72,11 +79,8 @@ class Kernels:
     def configure(self, name, *fragments, arch="um"):
         """A .config from fragments; every line of them has to hold. What is in none of them has its
         default in UML, and is off elsewhere: there is too much of it."""
+        self.trust(name)
         text = "".join(read(f) for f in fragments)
-        with self.building(name):
-            self._configure(name, text, arch)
-
-    def _configure(self, name, text, arch):
         config = os.path.join(self.dir(name), ".config")
         mark = os.path.join(self.dir(name), "fragment")
         target = ["olddefconfig"] if arch == "um" else ["allnoconfig", "KCONFIG_ALLCONFIG=" + mark]
@@ -143,9 +147,13 @@ class Kernels:
 
     def kunit_image(self):
         """A copy of the KUnit kernel, to be booted while the next is built: one of two."""
-        path = self.dir(next(self.images))
+        return self.copy(os.path.basename(self.kunit_dir()), next(self.images))
+
+    def copy(self, name, to):
+        """A directory with a copy of a kernel of UML, to be booted while that kernel is built anew."""
+        path = self.dir(to)
         # Not over one that somebody still runs.
-        shutil.copy(os.path.join(self.kunit_dir(), "linux"), os.path.join(path, "linux.new"))
+        shutil.copy(os.path.join(self.dir(name), "linux"), os.path.join(path, "linux.new"))
         os.replace(os.path.join(path, "linux.new"), os.path.join(path, "linux"))
         return path
 
@@ -281,7 +289,7 @@ class Kernels:
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise Failure("the boot did not end within %s" % duration(timeout), log, 124)
+            raise Failure("the boot did not end within %s" % duration(timeout), log, KILLED)
         finally:
             kill_group(process)
             RUNNING.discard(process)

@@ -172,16 +172,6 @@ FIXTURE_VARIANT_ADD(fail_nth, snapshot) {
 	.error = ENOMEM,
 };
 
-static bool write_file(const char *path, const char *value)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	bool written = fd >= 0 && write(fd, value, strlen(value)) == (ssize_t)strlen(value);
-
-	if (fd >= 0)
-		close(fd);
-	return written;
-}
-
 /* Lets any allocation fail, without a message for each. */
 static bool allow_failures(void)
 {
@@ -199,7 +189,7 @@ static bool allow_failures(void)
 		char path[80];
 
 		snprintf(path, sizeof(path), "/sys/kernel/debug/%s", settings[i][0]);
-		allowed = write_file(path, settings[i][1]) && allowed;
+		allowed = write_to(path, settings[i][1]) && allowed;
 	}
 	return allowed;
 }

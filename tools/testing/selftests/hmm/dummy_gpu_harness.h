@@ -191,16 +191,24 @@ static inline int64_t prefetch_all(int fd, const void *p, size_t length,
 	return prefetch.done == length ? (int64_t)prefetch.pages : -EPROTO;
 }
 
-/* A counter of instance n, or -1 without debugfs. */
-static inline int64_t instance_counter(unsigned int n, const char *name)
+static inline bool write_to(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool ok = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+
+	if (fd >= 0)
+		close(fd);
+	return ok;
+}
+
+/* The number after a name in a file with a name and a number in each line, or -1. */
+static inline int64_t number_of(const char *path, const char *name)
 {
 	const size_t length = strlen(name);
 	long long value = -1;
-	char path[60], line[100];
-	FILE *f;
+	char line[100];
+	FILE *f = fopen(path, "re");
 
-	snprintf(path, sizeof(path), "/sys/kernel/debug/dummy_gpu/dummy_gpu%u/stats", n);
-	f = fopen(path, "re");
 	while (f && fgets(line, sizeof(line), f)) {
 		if (!strncmp(line, name, length) && sscanf(line + length, " %lld", &value) == 1)
 			break;
@@ -208,6 +216,15 @@ static inline int64_t instance_counter(unsigned int n, const char *name)
 	if (f)
 		fclose(f);
 	return value;
+}
+
+/* A counter of instance n, or -1 without debugfs. */
+static inline int64_t instance_counter(unsigned int n, const char *name)
+{
+	char path[60];
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/dummy_gpu/dummy_gpu%u/stats", n);
+	return number_of(path, name);
 }
 
 /* The pages in the memory of instance n now, of all processes, or -1 without debugfs. */

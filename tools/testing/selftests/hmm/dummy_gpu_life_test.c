@@ -71,16 +71,6 @@ static long long number_in(const char *path)
 	return value;
 }
 
-static bool write_to(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	bool ok = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
-
-	if (fd >= 0)
-		close(fd);
-	return ok;
-}
-
 /* A system-wide setting that a test changes and the teardown restores. */
 struct setting {
 	const char *path;
@@ -187,6 +177,17 @@ static void cgroups_end(LIFE *self)
 		write_to(path, "-memory");
 	umount(self->cgroups);
 	rmdir(self->cgroups);
+}
+
+/* Moves a child into a group. The teardown kills it if it is still there. */
+static bool group_child(LIFE *self, const char *group, pid_t pid)
+{
+	char path[120], number[20];
+
+	self->grouped = pid;
+	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
+	snprintf(number, sizeof(number), "%d", pid);
+	return write_to(path, number);
 }
 
 FIXTURE_TEARDOWN(life)
@@ -1352,20 +1353,10 @@ TEST_F_SETS(merged_by_ksm)
 /* A value in memory.stat, in bytes. */
 static int64_t memory_stat(const char *group, const char *name)
 {
-	const size_t length = strlen(name);
-	long long value = -1;
-	char path[120], line[100];
-	FILE *f;
+	char path[120];
 
 	snprintf(path, sizeof(path), "%s/memory.stat", group);
-	f = fopen(path, "re");
-	while (f && fgets(line, sizeof(line), f)) {
-		if (!strncmp(line, name, length) && sscanf(line + length, " %lld", &value) == 1)
-			break;
-	}
-	if (f)
-		fclose(f);
-	return value;
+	return number_of(path, name);
 }
 
 /* The pages charged to a group: all of them, and the anonymous ones. */
@@ -1411,7 +1402,6 @@ static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
 	const int64_t noise = 2 * 64 * sysconf(_SC_NPROCESSORS_ONLN), pages = 4 * noise;
 	int64_t start[2], now[2];
 	struct other other;
-	char path[120], number[20];
 	pid_t pid;
 
 	if (pages * page > self->size / 2)
@@ -1420,10 +1410,7 @@ static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
 	ASSERT_LE(0, pid);
 	if (!pid)
 		_exit(charged_child(&other, pages * page));
-	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
-	snprintf(number, sizeof(number), "%d", pid);
-	self->grouped = pid;
-	ASSERT_TRUE(write_to(path, number));
+	ASSERT_TRUE(group_child(self, group, pid));
 	ASSERT_EQ(0, tell(&other));
 	for (int i = 0; i < 4 * (ROUNDS + 1); i++) {
 		/*
@@ -1519,7 +1506,7 @@ TEST_F_SETS(charge_of_entries)
 {
 	const int64_t entries = (BLOCKS - 1) * (BLOCK / page * sizeof(long)), noise = entries / 10;
 	struct other other;
-	char group[100], path[120], number[20];
+	char group[100];
 	int64_t slab[3];
 	pid_t pid;
 
@@ -1529,10 +1516,7 @@ TEST_F_SETS(charge_of_entries)
 	ASSERT_LE(0, pid);
 	if (!pid)
 		_exit(mirroring_child(&other));
-	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
-	snprintf(number, sizeof(number), "%d", pid);
-	self->grouped = pid;
-	ASSERT_TRUE(write_to(path, number));
+	ASSERT_TRUE(group_child(self, group, pid));
 	for (size_t i = 0; i < ARRAY_SIZE(slab); i++) {
 		ASSERT_EQ(0, tell(&other));
 		ASSERT_EQ(0, hear(&other));
@@ -1591,7 +1575,7 @@ TEST_F(life, frozen_in_command)
 	struct dummy_gpu_command commands[1024];
 	struct dummy_gpu_submit submit = gpu_submission(commands, ARRAY_SIZE(commands));
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
-	char group[60], path[100], number[20];
+	char group[60], path[100];
 	struct other other;
 	bool reads = true;
 	pid_t pid;
@@ -1617,9 +1601,7 @@ TEST_F(life, frozen_in_command)
 	}
 	self->grouped = pid;
 	ASSERT_EQ(0, hear(&other));
-	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
-	snprintf(number, sizeof(number), "%d", pid);
-	ASSERT_TRUE(write_to(path, number));
+	ASSERT_TRUE(group_child(self, group, pid));
 	EXPECT_TRUE(gpu_reads(true));
 
 	snprintf(path, sizeof(path), "%s/freezer.state", group);
