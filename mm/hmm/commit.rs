@@ -19,8 +19,8 @@ use core::marker::PhantomData;
 /// driver makes its own translations from the commit.
 ///
 /// A page of the window may have become exclusive to this device after it was reported, by
-/// [`make_exclusive`](super::Mirror::make_exclusive). The commit does not show that, and does not
-/// end the exclusive access.
+/// [`make_exclusive`](super::MirroredMm::make_exclusive). The commit does not show that, and does
+/// not end the exclusive access.
 pub struct Commit<'c> {
     window: PageRange,
     needed: Option<PageRange>,

@@ -17,7 +17,7 @@ use super::{
         FaultBuf,
         DEFAULT_TIMEOUT_MS, //
     },
-    mirror::Mirror,
+    mirrored_mm::MirroredMm,
     pfn::{
         Access,
         HmmPfn, //
@@ -39,7 +39,6 @@ use core::{
 use kernel::{
     bindings,
     error::from_err_ptr,
-    mm::MmWithUser,
     prelude::*, //
 };
 
@@ -76,7 +75,7 @@ impl Drop for LockedFolio {
     }
 }
 
-impl Mirror {
+impl MirroredMm<'_> {
     /// Makes the page that contains `va` exclusive to the device, and calls `f` once with the
     /// [`ExclusivePage`]. Returns what `f` returns.
     ///
@@ -87,16 +86,16 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// As for [`Mirror::fault`], but `f` also runs with `mmap_lock` held and the folio of the page
-    /// locked.
+    /// As for [`MirroredMm::fault`], but `f` also runs with `mmap_lock` held and the folio of the
+    /// page locked.
     ///
     /// # Errors
     ///
-    /// - [`EPERM`] if the current task has another address space, or if the process may not write
-    ///   to the page.
+    /// - [`EPERM`] if the process may not write to the page.
     /// - [`EFAULT`] if there is no memory that the process may read.
     /// - [`EOPNOTSUPP`] if the page is one of a file, of shared memory or of hugetlbfs.
     /// - [`EINTR`] if the task received a fatal signal.
+    /// - [`ESRCH`] if the process has gone while invalidations collided.
     /// - [`EBUSY`] if invalidations kept colliding until the default time limit for retries had
     ///   passed.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
@@ -119,20 +118,19 @@ impl Mirror {
 }
 
 #[inline(never)]
-#[export_name = "rust_hmm_mirror_make_exclusive"]
+#[export_name = "rust_hmm_mm_make_exclusive"]
 fn mirror_make_exclusive(
-    mirror: &Mirror,
+    mm: &MirroredMm<'_>,
     va: usize,
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result {
     // This can only fail for the last page of all addresses, which is never one of a process.
     let page = PageRange::containing(va, 1).map_err(|_| EFAULT)?;
-    let current = kernel::current!();
-    let mm = mirror.current_mm(current.mm())?;
+    let _charge = mm.enter()?;
     // Do not create a region for an address where nothing is mapped.
     vma_at(mm, page.start(), Access::Write)?;
-    let region = mirror.region_or_insert(mm, page.start())?;
+    let region = mm.mirror().region_or_insert(mm.as_mm(), page.start())?;
 
     let mut deadline = Deadline::new(DEFAULT_TIMEOUT_MS);
     buf.retries = 0;
@@ -161,26 +159,31 @@ fn mirror_make_exclusive(
             Err(err) if err == EBUSY => {}
             Err(err) => return Err(err),
         }
-        deadline.retry(buf)?;
+        deadline.retry(mm, buf)?;
     }
 }
 
 /// Makes `page` exclusive to the device and calls `f`. `buf` has a report of the page with the
 /// notifier sequence `seq`. Returns `false`, without calling `f`, if an invalidation has collided.
 fn make_exclusive(
-    mm: &MmWithUser,
+    mm: &MirroredMm<'_>,
     region: &Region,
     page: PageRange,
     seq: usize,
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result<bool> {
-    let guard = mm.mmap_read_lock_killable()?;
-    vma_for(&guard, page.start(), Access::Write)?;
+    let guard = mm.as_mm().mmap_read_lock_killable()?;
+    vma_for(&guard, mm, page.start(), Access::Write)?;
     let mut folio = null_mut();
     // SAFETY: The mm has users, and `guard` holds its mmap_lock.
     let made = from_err_ptr(unsafe {
-        bindings::make_device_exclusive(mm.as_raw(), page.start(), region.as_owner(), &mut folio)
+        bindings::make_device_exclusive(
+            mm.as_mm().as_raw(),
+            page.start(),
+            region.as_owner(),
+            &mut folio,
+        )
     });
     // INVARIANT: If make_device_exclusive() succeeds, it has locked the folio and taken a
     // reference.

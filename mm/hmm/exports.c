@@ -37,17 +37,28 @@ EXPORT_SYMBOL_GPL(rust_hmm_mirror_read);
 DECLARE_RUST(rust_hmm_mirror_write);
 EXPORT_SYMBOL_GPL(rust_hmm_mirror_write);
 
+/* mirrored_mm.rs */
+
+DECLARE_RUST(rust_hmm_mirror_mm);
+EXPORT_SYMBOL_GPL(rust_hmm_mirror_mm);
+
+DECLARE_RUST(rust_hmm_mm_charge);
+EXPORT_SYMBOL_GPL(rust_hmm_mm_charge);
+
+DECLARE_RUST(rust_hmm_mm_drop);
+EXPORT_SYMBOL_GPL(rust_hmm_mm_drop);
+
 /* fault.rs */
 
-DECLARE_RUST(rust_hmm_mirror_fault);
-EXPORT_SYMBOL_GPL(rust_hmm_mirror_fault);
+DECLARE_RUST(rust_hmm_mm_fault);
+EXPORT_SYMBOL_GPL(rust_hmm_mm_fault);
 
 #ifdef CONFIG_RUST_HMM_DEVICE
 
 /* exclusive.rs */
 
-DECLARE_RUST(rust_hmm_mirror_make_exclusive);
-EXPORT_SYMBOL_GPL(rust_hmm_mirror_make_exclusive);
+DECLARE_RUST(rust_hmm_mm_make_exclusive);
+EXPORT_SYMBOL_GPL(rust_hmm_mm_make_exclusive);
 
 /* device_pool.rs */
 
@@ -62,10 +73,10 @@ EXPORT_SYMBOL_GPL(rust_hmm_pool_drop);
 
 /* migrate.rs */
 
-DECLARE_RUST(rust_hmm_mirror_migrate_to_device);
-EXPORT_SYMBOL_GPL(rust_hmm_mirror_migrate_to_device);
+DECLARE_RUST(rust_hmm_mm_migrate_to_device);
+EXPORT_SYMBOL_GPL(rust_hmm_mm_migrate_to_device);
 
-DECLARE_RUST(rust_hmm_mirror_migrate_to_ram);
-EXPORT_SYMBOL_GPL(rust_hmm_mirror_migrate_to_ram);
+DECLARE_RUST(rust_hmm_mm_migrate_to_ram);
+EXPORT_SYMBOL_GPL(rust_hmm_mm_migrate_to_ram);
 
 #endif

@@ -7,7 +7,8 @@
 //! is walked again. The resulting report is valid only if no invalidation has collided with it.
 //! This is checked under the region's lock, and the driver gets a [`Commit`] as the proof.
 //!
-//! The device gets what GUP would get for the current task, and no more.
+//! The device gets what GUP would get for the current task, with `FOLL_REMOTE` if this is not a
+//! task of the process, and no more.
 //!
 //! C header: [`include/linux/hmm.h`](srctree/include/linux/hmm.h)
 
@@ -22,7 +23,7 @@ use super::{
         FaultBuf,
         DEFAULT_TIMEOUT_MS, //
     },
-    mirror::Mirror,
+    mirrored_mm::MirroredMm,
     pfn::{
         Access,
         HmmPfn,
@@ -37,7 +38,6 @@ use super::{
     }, //
 };
 use kernel::{
-    mm::MmWithUser,
     page::PAGE_SIZE,
     prelude::*, //
 };
@@ -60,7 +60,7 @@ pub struct FaultRequest {
 impl FaultRequest {
     /// Requests `access` to the pages of `need`.
     ///
-    /// One call of [`Mirror::fault`] serves one window: the aligned block of pages of the
+    /// One call of [`MirroredMm::fault`] serves one window: the aligned block of pages of the
     /// [`FaultBuf`]'s order that contains the start of `need`, clipped to the VMA and the region.
     /// The window may begin before `need`, and is smaller after collisions. [`Commit::needed`]
     /// returns the part of `need` in it, which was served.
@@ -75,8 +75,8 @@ impl FaultRequest {
 
     /// Requests a report of `range`, without a fault.
     ///
-    /// One call of [`Mirror::fault`] serves one window: the pages from the start of `range` to the
-    /// end of the aligned block that the [`FaultBuf`] spans, clipped to the region. Addresses
+    /// One call of [`MirroredMm::fault`] serves one window: the pages from the start of `range` to
+    /// the end of the aligned block that the [`FaultBuf`] spans, clipped to the region. Addresses
     /// without a VMA are reported as [`Entry::Error`](super::Entry::Error).
     #[inline]
     pub fn snapshot(range: PageRange) -> Self {
@@ -167,7 +167,7 @@ impl<'r> Window<'r> {
     /// `false`, without calling `f`, if an invalidation has collided.
     fn attempt(
         &self,
-        mm: &MmWithUser,
+        mm: &MirroredMm<'_>,
         owner: *mut c_void,
         deadline: &mut Deadline,
         buf: &mut FaultBuf,
@@ -208,7 +208,7 @@ impl<'a> Snapshot<'a> {
     ///
     /// Those of [`report`].
     fn take(
-        mm: &MmWithUser,
+        mm: &MirroredMm<'_>,
         window: Window<'a>,
         owner: *mut c_void,
         buf: &'a mut FaultBuf,
@@ -290,7 +290,7 @@ impl<'a> Snapshot<'a> {
     }
 }
 
-impl Mirror {
+impl MirroredMm<'_> {
     /// Faults pages for the device and calls `f` once with the [`Commit`]. Returns what `f`
     /// returns.
     ///
@@ -300,20 +300,20 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// A task of the mirrored process. It holds neither `mmap_lock` nor a VMA lock, no lock that is
-    /// taken under one of them, and no lock that the driver's callbacks and closures take. Sleeps
-    /// in the page fault handlers, for as long as user space likes if it handles a fault; a fatal
-    /// signal ends the wait. `f` runs with the region's lock held for write,
+    /// Any task. It holds neither `mmap_lock` nor a VMA lock, no lock that is taken under one of
+    /// them, and no lock that the driver's callbacks and closures take. Sleeps in the page fault
+    /// handlers, for as long as user space likes if it handles a fault; a fatal signal ends the
+    /// wait, but a kernel thread receives none. `f` runs with the region's lock held for write,
     /// and invalidations wait for this lock. `f` may sleep; apart from that the rules of
     /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) apply to it.
     ///
     /// # Errors
     ///
-    /// - [`EPERM`] if the current task has another address space, or for a write to memory that the
-    ///   process may not write.
+    /// - [`EPERM`] for a write to memory that the process may not write.
     /// - [`EFAULT`] if there is no memory that the process may read, or if it is that of
     ///   `memfd_secret()`; for a snapshot, if there is no VMA in the window.
     /// - [`EINTR`] if the task received a fatal signal.
+    /// - [`ESRCH`] if the process has gone while invalidations collided.
     /// - [`EBUSY`] if invalidations kept colliding until the time limit for retries had passed.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs, or while page
     ///   faults are disabled for the task.
@@ -334,8 +334,8 @@ impl Mirror {
         result.ok_or(EIO)
     }
 
-    /// The loop of [`Mirror::fault`]. `raced` runs between each report and its commit. The tests
-    /// use it to make invalidations collide, or to change the report.
+    /// The loop of [`MirroredMm::fault`]. `raced` runs between each report and its commit. The
+    /// tests use it to make invalidations collide, or to change the report.
     pub(crate) fn fault_loop(
         &self,
         req: &FaultRequest,
@@ -344,23 +344,23 @@ impl Mirror {
         mut raced: impl FnMut(&mut [usize]),
     ) -> Result {
         buf.retries = 0;
-        let current = kernel::current!();
-        let mm = self.current_mm(current.mm())?;
+        let _charge = self.enter()?;
+        let mirror = self.mirror();
         let start = req.need.start();
-        let region = match self.region(start) {
+        let region = match mirror.region(start) {
             Some(region) => region,
             None => {
                 // Do not create a region for an address where nothing is mapped.
-                check_mapped(mm, req, buf.order)?;
-                self.region_or_insert(mm, start)?
+                check_mapped(self, req, buf.order)?;
+                mirror.region_or_insert(self.as_mm(), start)?
             }
         };
         let mut window = Window::new(&region, req, buf.order)?;
-        let owner = Pool::owner(self.pool());
+        let owner = Pool::owner(mirror.pool());
 
         let mut deadline = Deadline::new(req.timeout_ms);
         loop {
-            match window.attempt(mm, owner, &mut deadline, buf, &mut raced, f) {
+            match window.attempt(self, owner, &mut deadline, buf, &mut raced, f) {
                 Ok(true) => return Ok(()),
                 // Another page than the first may have failed.
                 Err(err) if err == EFAULT || err == EPERM => {
@@ -372,7 +372,7 @@ impl Mirror {
                 Err(err) if err != EBUSY => return Err(err),
                 _ => window = window.narrow().unwrap_or(window),
             }
-            deadline.retry(buf)?;
+            deadline.retry(self, buf)?;
         }
     }
 }
@@ -382,11 +382,11 @@ impl Mirror {
 /// # Errors
 ///
 /// As for [`report`].
-fn check_mapped(mm: &MmWithUser, req: &FaultRequest, order: u32) -> Result {
+fn check_mapped(mm: &MirroredMm<'_>, req: &FaultRequest, order: u32) -> Result {
     let start = req.need.start();
-    let guard = mm.mmap_read_lock_killable()?;
+    let guard = mm.as_mm().mmap_read_lock_killable()?;
     if let Some(access) = req.access {
-        return vma_for(&guard, start, access).map(drop);
+        return vma_for(&guard, mm, start, access).map(drop);
     }
     let block = PageRange::aligned_block(start, order)?;
     let range = block.intersect(&req.need).ok_or(EFAULT)?;
@@ -394,14 +394,14 @@ fn check_mapped(mm: &MmWithUser, req: &FaultRequest, order: u32) -> Result {
 }
 
 #[inline(never)]
-#[export_name = "rust_hmm_mirror_fault"]
+#[export_name = "rust_hmm_mm_fault"]
 fn mirror_fault(
-    mirror: &Mirror,
+    mm: &MirroredMm<'_>,
     req: &FaultRequest,
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&Commit<'_>),
 ) -> Result {
-    let result = mirror.fault_loop(req, buf, f, |_| ());
+    let result = mm.fault_loop(req, buf, f, |_| ());
     if result == Err(EBUSY) {
         // SAFETY: Always safe to call.
         unsafe { hmm_fault_busy(req.need.start(), buf.retries) };

@@ -13,6 +13,7 @@ use super::{
         Leaf,
         LEAF_ORDER, //
     },
+    mirrored_mm::MirroredMm,
     pfn::{
         request,
         Access,
@@ -29,7 +30,6 @@ use super::{
 use kernel::{
     bindings,
     error::to_result,
-    mm::MmWithUser,
     page::PAGE_SIZE,
     prelude::*,
     time::{
@@ -128,13 +128,17 @@ impl Deadline {
         }
     }
 
-    /// Counts a retry of the fault that uses `buf`, and checks whether the fault may go on.
+    /// Counts a retry of the fault in `mm` that uses `buf`, and checks whether the fault may go on.
     ///
     /// # Errors
     ///
-    /// [`EINTR`] if a fatal signal is pending, [`EBUSY`] if the time limit has passed.
-    pub(crate) fn retry(&self, buf: &mut FaultBuf) -> Result {
+    /// [`EINTR`] if a fatal signal is pending, [`ESRCH`] if the process has gone meanwhile, and
+    /// [`EBUSY`] if the time limit has passed.
+    pub(crate) fn retry(&self, mm: &MirroredMm<'_>, buf: &mut FaultBuf) -> Result {
         buf.retries += 1;
+        if mm.is_abandoned() {
+            return Err(ESRCH);
+        }
         if kernel::current!().fatal_signal_pending() {
             return Err(EINTR);
         }
@@ -160,14 +164,14 @@ impl Deadline {
 /// [`EINVAL`] if `region` is not one of `mm`, or if `range` does not lie in it or has more pages
 /// than `pfns` has elements.
 fn hmm_range(
-    mm: &MmWithUser,
+    mm: &MirroredMm<'_>,
     region: &Region,
     range: PageRange,
     access: Option<Access>,
     owner: *mut c_void,
     pfns: &mut [usize],
 ) -> Result<bindings::hmm_range> {
-    if !region.is_of(mm) || region.range().intersect(&range) != Some(range) {
+    if !region.is_of(mm.as_mm()) || region.range().intersect(&range) != Some(range) {
         return Err(EINVAL);
     }
     let pfns = pfns.get_mut(..range.pages()).ok_or(EINVAL)?;
@@ -198,7 +202,7 @@ fn hmm_range(
 ///
 /// Those of `hmm_range_fault_unlocked_timeout()`, and [`EINVAL`] as for [`hmm_range`].
 pub(crate) fn populate(
-    mm: &MmWithUser,
+    mm: &MirroredMm<'_>,
     region: &Region,
     range: PageRange,
     access: Access,
@@ -237,7 +241,7 @@ pub(crate) fn populate(
 /// - [`EINTR`] if a fatal signal ends the wait for `mmap_lock`.
 /// - [`EINVAL`] as for [`hmm_range`].
 pub(crate) fn report(
-    mm: &MmWithUser,
+    mm: &MirroredMm<'_>,
     region: &Region,
     range: PageRange,
     at: Option<(usize, Access)>,
@@ -246,9 +250,9 @@ pub(crate) fn report(
 ) -> Result<(PageRange, usize)> {
     // Call this before taking mmap_lock: it waits for invalidations, which may hold mmap_lock.
     let seq = region.read_begin();
-    let guard = mm.mmap_read_lock_killable()?;
+    let guard = mm.as_mm().mmap_read_lock_killable()?;
     let range = match at {
-        Some((va, access)) => vma_for(&guard, va, access)?
+        Some((va, access)) => vma_for(&guard, mm, va, access)?
             .intersect(&range)
             .ok_or(EFAULT)?,
         None if next_vma(&guard, mm, range).is_none() => return Err(EFAULT),

@@ -12,6 +12,7 @@ mod fault;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod migrate;
 mod mirror;
+mod mirrored_mm;
 mod pfn;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod pool;

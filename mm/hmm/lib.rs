@@ -38,19 +38,19 @@
 //!   [`MirrorOps::invalidate`]. [`Mirror::read`] and [`Mirror::write`] look the entries up under
 //!   the region's lock. So they never access a stale page, even if the driver ignores the
 //!   invalidation.
-//! - [`Mirror::fault`] faults pages and installs their entries. If an invalidation collides with
-//!   the fault, it retries, for a bounded time. The [`Commit`] that it passes to the driver exists
-//!   only while the region's lock is held, after `mmu_interval_read_retry()` has found no
+//! - [`MirroredMm::fault`] faults pages and installs their entries. If an invalidation collides
+//!   with the fault, it retries, for a bounded time. The [`Commit`] that it passes to the driver
+//!   exists only while the region's lock is held, after `mmu_interval_read_retry()` has found no
 //!   collision.
 //! - A [`Commit`] gives one [`Entry`] for each page of the window. Only a page for which there is a
-//!   [`WritePage`] may be mapped writable for the device. [`Mirror::make_exclusive`] gives an
+//!   [`WritePage`] may be mapped writable for the device. [`MirroredMm::make_exclusive`] gives an
 //!   [`ExclusivePage`] for a page that no CPU can access meanwhile. The core hands out neither
 //!   `struct page`s nor pfns.
-//! - The core tracks where each page is. [`Mirror::migrate_to_device`] migrates pages to the memory
-//!   of a [`DevicePool`]. They migrate back to system memory when the CPU touches them, or when the
-//!   pool is full and evicts them. A fault maps a page of the pool where it is. The driver copies
-//!   when the core asks for it ([`PoolOps::copy`]). If anything fails, the page stays where it was,
-//!   with its contents.
+//! - The core tracks where each page is. [`MirroredMm::migrate_to_device`] migrates pages to the
+//!   memory of a [`DevicePool`]. They migrate back to system memory when the CPU touches them, or
+//!   when the pool is full and evicts them. A fault maps a page of the pool where it is. The driver
+//!   copies when the core asks for it ([`PoolOps::copy`]). If anything fails, the page stays where
+//!   it was, with its contents.
 //! - Units are bytes for addresses and lengths, and pages for counts; an `order` stands for
 //!   2^`order` pages. A [`PageRange`] is page-aligned, not empty and does not wrap.
 //!
@@ -78,6 +78,9 @@
 //!   cannot be unloaded, and that is the only effect. If it is dropped while the core calls a
 //!   driver, a work item ends it. While the core calls a driver, [`Mirror::read`] and
 //!   [`Mirror::write`] return a [`Miss`] instead of [`EDEADLK`](kernel::error::code::EDEADLK).
+//! - [`MirroredMm`]: if it is leaked, the address space is never torn down, and keeps its memory
+//!   after the process has exited. It borrows the [`Mirror`], so it ends first, and it stays in its
+//!   task. It may be dropped anywhere.
 //! - [`DevicePool`]: if it is leaked, or dropped while the core calls a driver, the core ends it
 //!   when its module is unloaded: after the module's exit function, before the module's code is
 //!   freed.
@@ -140,6 +143,7 @@ mod migrate;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod migrate_vma;
 mod mirror;
+mod mirrored_mm;
 mod pfn;
 #[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "nopool.rs")]
 mod pool;
@@ -184,6 +188,7 @@ pub use mirror::{
     Mirror,
     Miss, //
 };
+pub use mirrored_mm::MirroredMm;
 pub use pfn::Access;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use pool_ops::{

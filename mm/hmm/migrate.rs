@@ -21,7 +21,7 @@ use super::{
         ToDevice,
         ToRam, //
     },
-    mirror::Mirror,
+    mirrored_mm::MirroredMm,
     pfn::{
         HmmPfn,
         State, //
@@ -37,19 +37,16 @@ use super::{
 use core::ptr::null_mut;
 use kernel::{
     bindings,
-    mm::{
-        virt::{
-            flags,
-            VmaRef, //
-        },
-        MmWithUser, //
+    mm::virt::{
+        flags,
+        VmaRef, //
     },
     prelude::*,
     sync::Arc, //
 };
 
-/// The arrays that [`Mirror::migrate_to_device`] and [`Mirror::migrate_to_ram`] need for a window
-/// of pages.
+/// The arrays that [`MirroredMm::migrate_to_device`] and [`MirroredMm::migrate_to_ram`] need for a
+/// window of pages.
 pub struct MigrateBuf {
     order: u32,
     src: KVVec<usize>,
@@ -110,7 +107,7 @@ impl Migrated {
     }
 }
 
-impl Mirror {
+impl MirroredMm<'_> {
     /// Migrates the pages of `range` to the memory of the device, as far as `pool` has or can make
     /// room.
     ///
@@ -128,16 +125,15 @@ impl Mirror {
     ///
     /// # Context
     ///
-    /// A task of the mirrored process. For the locks that it may hold, see [`Mirror::fault`]. May
-    /// evict pages of any process, but no
-    /// more than move to the device in exchange. `data` is called with `mmap_lock` held and pages
-    /// locked, so it must not allocate memory in a way that waits. Page faults are disabled in it:
-    /// an access to user memory that is not present fails. Calls of this crate fail, too.
+    /// Any task. For the locks that it may hold, see [`MirroredMm::fault`]. May evict pages of any
+    /// process, but no more than move to the device in exchange. `data` is called with `mmap_lock`
+    /// held and pages locked, so it must not allocate memory in a way that waits. Page faults are
+    /// disabled in it: an access to user memory that is not present fails. Calls of this crate
+    /// fail, too.
     ///
     /// # Errors
     ///
     /// - [`EINVAL`] if the mirror was not made with `pool`.
-    /// - [`EPERM`] if the current task has another address space.
     /// - [`EFAULT`] if there is no VMA at the start of `range`.
     /// - [`EINTR`] if the task received a fatal signal.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
@@ -169,31 +165,30 @@ impl Mirror {
     /// Pages in memory that may not be read do not migrate. The CPU migrates them when it accesses
     /// them after the memory has become readable again.
     ///
-    /// One call serves one window, as for [`Mirror::migrate_to_device`].
+    /// One call serves one window, as for [`MirroredMm::migrate_to_device`].
     ///
     /// # Context
     ///
-    /// As for [`Mirror::migrate_to_device`], but nothing is evicted.
+    /// As for [`MirroredMm::migrate_to_device`], but nothing is evicted.
     ///
     /// # Errors
     ///
-    /// As for [`Mirror::migrate_to_device`], except [`EINVAL`]. [`ENOMEM`] means that there is no
-    /// system memory. If only some pages cannot be allocated or copied, fewer pages move; it is an
-    /// error if none moves for this reason. For a mirror without a pool, no page moves.
+    /// As for [`MirroredMm::migrate_to_device`], except [`EINVAL`]. [`ENOMEM`] means that there is
+    /// no system memory. If only some pages cannot be allocated or copied, fewer pages move; it is
+    /// an error if none moves for this reason. For a mirror without a pool, no page moves.
     #[inline(never)]
-    #[export_name = "rust_hmm_mirror_migrate_to_ram"]
+    #[export_name = "rust_hmm_mm_migrate_to_ram"]
     pub fn migrate_to_ram(&self, range: PageRange, buf: &mut MigrateBuf) -> Result<Migrated> {
-        let current = kernel::current!();
-        let mm = self.current_mm(current.mm())?;
-        let Some(pool) = self.pool() else {
+        let _charge = self.enter()?;
+        let Some(pool) = self.mirror().pool() else {
             return Ok(Migrated { range, pages: 0 });
         };
-        let (range, scan) = self.scan(mm, range, Holes::Keep, buf)?;
+        let (range, scan) = self.scan(range, Holes::Keep, buf)?;
         if !scan.device {
             return Ok(Migrated { range, pages: 0 });
         }
 
-        let guard = mm.mmap_read_lock_killable()?;
+        let guard = self.as_mm().mmap_read_lock_killable()?;
         let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
         let Some(vma) = vma else {
             return Ok(Migrated { range, pages: 0 });
@@ -213,12 +208,11 @@ impl Mirror {
     /// is only known when they are collected.
     fn scan(
         &self,
-        mm: &MmWithUser,
         range: PageRange,
         holes: Holes,
         buf: &mut MigrateBuf,
     ) -> Result<(PageRange, Scan)> {
-        let guard = mm.mmap_read_lock_killable()?;
+        let guard = self.as_mm().mmap_read_lock_killable()?;
         let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
         let can_migrate = vma.is_some();
         drop(guard);
@@ -229,11 +223,12 @@ impl Mirror {
             return Ok((range, Scan::NOTHING));
         }
 
+        let mirror = self.mirror();
         // The window is aligned and smaller than a region, so it lies in one region.
-        let region = self.region_or_insert(mm, range.start())?;
+        let region = mirror.region_or_insert(self.as_mm(), range.start())?;
         let pfns = buf.src.get_mut(..range.pages()).ok_or(EINVAL)?;
-        let owner = Pool::owner(self.pool());
-        let seq = match report(mm, &region, range, None, owner, pfns) {
+        let owner = Pool::owner(mirror.pool());
+        let seq = match report(self, &region, range, None, owner, pfns) {
             Ok((_, seq)) => seq,
             // An invalidation collided: assume that there are pages in both places.
             Err(err) if err == EBUSY => return Ok((range, Scan::UNKNOWN)),
@@ -292,21 +287,20 @@ impl Scan {
 }
 
 #[inline(never)]
-#[export_name = "rust_hmm_mirror_migrate_to_device"]
+#[export_name = "rust_hmm_mm_migrate_to_device"]
 fn migrate_to_device(
-    mirror: &Mirror,
+    mm: &MirroredMm<'_>,
     pool: &Arc<Pool>,
     range: PageRange,
     holes: Holes,
     buf: &mut MigrateBuf,
     data: &mut dyn FnMut() -> Result<RawData>,
 ) -> Result<Migrated> {
-    let current = kernel::current!();
-    let mm = mirror.current_mm(current.mm())?;
-    if !mirror.pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {
+    let _charge = mm.enter()?;
+    if !mm.mirror().pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {
         return Err(EINVAL);
     }
-    let (range, scan) = mirror.scan(mm, range, holes, buf)?;
+    let (range, scan) = mm.scan(range, holes, buf)?;
     let mut migrated = Migrated { range, pages: 0 };
     if !scan.system {
         return Ok(migrated);
@@ -334,7 +328,7 @@ fn migrate_to_device(
 /// Makes room for `room` pages and migrates the pages of `migrated.range` that free pages of `pool`
 /// are found for. Adds to `migrated` what has moved, and returns how many pages found no room.
 fn migrate_round(
-    mm: &MmWithUser,
+    mm: &MirroredMm<'_>,
     pool: &Arc<Pool>,
     holes: Holes,
     buf: &mut MigrateBuf,
@@ -345,7 +339,7 @@ fn migrate_round(
     let (arrays, reserved) = buf.arrays();
     let mut reservation = reserve(pool, reserved, room)?;
 
-    let guard = mm.mmap_read_lock_killable()?;
+    let guard = mm.as_mm().mmap_read_lock_killable()?;
     let vma = guard.vma_lookup(migrated.range.start());
     let (range, vma) = migratable(vma, migrated.range)?;
     migrated.range = range;

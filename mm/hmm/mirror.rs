@@ -36,6 +36,7 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        atomic::Atomic,
         Arc, //
     },
     workqueue::{
@@ -90,6 +91,8 @@ struct Inner {
     #[pin]
     regions: MapleTree<Arc<Region>>,
     mm: ARef<Mm>,
+    /// How many references to `mm_users` this mirror has given out.
+    users: Atomic<i32>,
     ops: Arc<dyn MirrorOps>,
     /// The memory of the device, if it has any.
     pool: Option<Arc<Pool>>,
@@ -173,6 +176,7 @@ impl Mirror {
         let init = try_pin_init!(Inner {
             regions <- MapleTree::new(),
             mm: ARef::from(&**mm),
+            users: Atomic::new(0),
             ops,
             pool,
             work <- new_work!("hmm_mirror"),
@@ -196,7 +200,9 @@ impl Mirror {
     #[inline(never)]
     #[export_name = "rust_hmm_mirror_is_current"]
     pub fn is_current(&self) -> bool {
-        kernel::current!().mm().is_some_and(|mm| self.is_of(mm))
+        kernel::current!()
+            .mm()
+            .is_some_and(|mm| mm.as_raw() == self.inner.mm.as_raw())
     }
 
     /// The end of the user part of the mirrored address space: the process cannot map anything at
@@ -280,20 +286,12 @@ impl Mirror {
         Ok(())
     }
 
-    /// Whether `mm` is the mirrored one.
-    fn is_of(&self, mm: &MmWithUser) -> bool {
-        mm.as_raw() == self.inner.mm.as_raw()
+    pub(crate) fn raw_mm(&self) -> &Mm {
+        &self.inner.mm
     }
 
-    /// Returns `mm`, that of the current task, for work on the mirrored address space. This takes
-    /// locks, so it is refused in a callback.
-    ///
-    /// # Errors
-    ///
-    /// [`EDEADLK`] while the core calls a driver, [`EPERM`] if `mm` is not the mirrored one.
-    pub(crate) fn current_mm<'a>(&self, mm: Option<&'a MmWithUser>) -> Result<&'a MmWithUser> {
-        Callback::refuse()?;
-        mm.filter(|mm| self.is_of(mm)).ok_or(EPERM)
+    pub(crate) fn users(&self) -> &Atomic<i32> {
+        &self.inner.users
     }
 
     pub(crate) fn pool(&self) -> Option<&Arc<Pool>> {

@@ -15,8 +15,9 @@ use kernel::{
 /// The data that a driver keeps for each page of its memory that is in use. The core stores it in
 /// the `zone_device_data` of the folio.
 ///
-/// The page owns the data from [`Mirror::migrate_to_device`](super::Mirror::migrate_to_device)
-/// until [`PoolOps::page_freed`]. The page may outlive the mapping that it was made for: after a
+/// The page owns the data from
+/// [`MirroredMm::migrate_to_device`](super::MirroredMm::migrate_to_device) until
+/// [`PoolOps::page_freed`]. The page may outlive the mapping that it was made for: after a
 /// `fork()`, the child may still map the page when the parent does not. So the data should not
 /// refer to an address or an mm.
 ///
@@ -124,7 +125,7 @@ pub enum MigrateReason {
     CpuFault,
     /// The pool was full and the page was evicted, or the driver emptied or dropped the pool.
     Evict,
-    /// The driver called [`Mirror::migrate_to_ram`](super::Mirror::migrate_to_ram).
+    /// The driver called [`MirroredMm::migrate_to_ram`](super::MirroredMm::migrate_to_ram).
     Request,
 }
 

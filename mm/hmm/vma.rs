@@ -3,6 +3,7 @@
 //! What a device may access of a VMA. Mirrors `check_vma_flags()` in `mm/gup.c`.
 
 use super::{
+    mirrored_mm::MirroredMm,
     pfn::Access,
     range::PageRange, //
 };
@@ -13,24 +14,23 @@ use kernel::{
             flags,
             VmaRef, //
         },
-        MmWithUser,
         MmapReadGuard, //
     },
     prelude::*, //
 };
 
-/// Returns how a device may access the memory of `vma` for the current task, or `None` if it may
-/// not.
+/// Returns how a device may access the memory of `vma`, or `None` if it may not. `foreign` says
+/// whether the current task does not run in the address space.
 ///
-/// Mirrors `check_vma_flags()` in `mm/gup.c` for a GUP of the task's own memory, with no flag but
-/// possibly `FOLL_WRITE`. Documentation/mm/hmm-rust.rst compares the two line by line.
-fn allowed_access(vma: &VmaRef) -> Option<Access> {
+/// Mirrors `check_vma_flags()` in `mm/gup.c` with no flag but possibly `FOLL_WRITE`, and
+/// `FOLL_REMOTE` if `foreign`. Documentation/mm/hmm-rust.rst compares the two line by line.
+fn allowed_access(vma: &VmaRef, foreign: bool) -> Option<Access> {
     // SAFETY: `vma` is a reference to a valid VMA.
     let is_secret = unsafe { bindings::vma_is_secretmem(vma.as_ptr()) };
     // SAFETY: `vma` is a reference to a valid VMA. The arguments say that the access is not an
-    // instruction fetch, and that it is made for the current task.
+    // instruction fetch, and whether it is one of the current task to its own memory.
     let permits =
-        |write| unsafe { bindings::arch_vma_access_permitted(vma.as_ptr(), write, false, false) };
+        |write| unsafe { bindings::arch_vma_access_permitted(vma.as_ptr(), write, false, foreign) };
     let has = |flag| vma.flags() & flag != 0;
 
     if has(flags::IO | flags::PFNMAP) || is_secret || !has(flags::READ) || !permits(false) {
@@ -44,13 +44,20 @@ fn allowed_access(vma: &VmaRef) -> Option<Access> {
 
 /// Looks up the VMA that contains `va`, checks that it allows `access`, and returns its bounds.
 ///
+/// The guard must hold the `mmap_lock` of `mm`.
+///
 /// # Errors
 ///
 /// [`EFAULT`] if there is no such VMA, or if it may not be read; [`EPERM`] if it may not be
 /// written.
-pub(crate) fn vma_for(guard: &MmapReadGuard<'_>, va: usize, access: Access) -> Result<PageRange> {
+pub(crate) fn vma_for(
+    guard: &MmapReadGuard<'_>,
+    mm: &MirroredMm<'_>,
+    va: usize,
+    access: Access,
+) -> Result<PageRange> {
     let vma = guard.vma_lookup(va).ok_or(EFAULT)?;
-    match (allowed_access(vma).ok_or(EFAULT)?, access) {
+    match (allowed_access(vma, mm.is_foreign()).ok_or(EFAULT)?, access) {
         (Access::Read, Access::Write) => Err(EPERM),
         _ => PageRange::new(vma.start(), vma.end()),
     }
@@ -62,8 +69,8 @@ pub(crate) fn vma_for(guard: &MmapReadGuard<'_>, va: usize, access: Access) -> R
 ///
 /// Those of [`vma_for`], and [`EINTR`] if a fatal signal ends the wait for the lock.
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
-pub(crate) fn vma_at(mm: &MmWithUser, va: usize, access: Access) -> Result<PageRange> {
-    vma_for(&mm.mmap_read_lock_killable()?, va, access)
+pub(crate) fn vma_at(mm: &MirroredMm<'_>, va: usize, access: Access) -> Result<PageRange> {
+    vma_for(&mm.as_mm().mmap_read_lock_killable()?, mm, va, access)
 }
 
 /// Finds the first VMA that overlaps `range`. Returns its bounds, and how a device may access it.
@@ -71,11 +78,11 @@ pub(crate) fn vma_at(mm: &MmWithUser, va: usize, access: Access) -> Result<PageR
 /// The guard must hold the `mmap_lock` of `mm`.
 pub(crate) fn next_vma(
     _guard: &MmapReadGuard<'_>,
-    mm: &MmWithUser,
+    mm: &MirroredMm<'_>,
     range: PageRange,
 ) -> Option<(PageRange, Option<Access>)> {
     // SAFETY: `mm` is valid, and the guard holds its mmap_lock.
-    let vma = unsafe { bindings::find_vma(mm.as_raw(), range.start()) };
+    let vma = unsafe { bindings::find_vma(mm.as_mm().as_raw(), range.start()) };
     if vma.is_null() {
         return None;
     }
@@ -83,5 +90,5 @@ pub(crate) fn next_vma(
     let vma = unsafe { VmaRef::from_raw(vma) };
     let bounds = PageRange::new(vma.start(), vma.end()).ok()?;
     bounds.intersect(&range)?;
-    Some((bounds, allowed_access(vma)))
+    Some((bounds, allowed_access(vma, mm.is_foreign())))
 }

@@ -2,12 +2,14 @@
 
 #include <linux/highmem.h>
 #include <linux/hmm.h>
+#include <linux/memcontrol.h>
 #include <linux/memremap.h>
 #include <linux/migrate.h>
 #include <linux/mmu_context.h>
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/pagemap.h>
+#include <linux/sched/mm.h>
 #include <linux/secretmem.h>
 #include <linux/uaccess.h>
 #include <linux/userfaultfd_k.h>
@@ -15,6 +17,25 @@
 __rust_helper struct page *rust_helper_hmm_pfn_to_page(unsigned long hmm_pfn)
 {
 	return hmm_pfn_to_page(hmm_pfn);
+}
+
+#ifndef CONFIG_MEMCG
+__rust_helper struct mem_cgroup *
+rust_helper_get_mem_cgroup_from_mm(struct mm_struct *mm)
+{
+	return get_mem_cgroup_from_mm(mm);
+}
+#endif
+
+__rust_helper struct mem_cgroup *
+rust_helper_set_active_memcg(struct mem_cgroup *memcg)
+{
+	return set_active_memcg(memcg);
+}
+
+__rust_helper void rust_helper_mem_cgroup_put(struct mem_cgroup *memcg)
+{
+	mem_cgroup_put(memcg);
 }
 
 __rust_helper void rust_helper_pagefault_disable(void)

@@ -21,7 +21,7 @@ MODULE = DRIVER + "/dummy_gpu.ko"
 COMMAND = DRIVER + "/.dummy_gpu.o.cmd"
 RST = "Documentation/mm/hmm-rust.rst"
 CONFIG = ("CONFIG_RUST_HMM=y", "CONFIG_RUST_HMM_DEVICE=y", "CONFIG_DEVICE_PRIVATE=y", "CONFIG_DUMMY_GPU=m")
-TYPES = {"mirror": "Mirror", "pool": "DevicePool"}      # what rust_hmm_<this>_<method> is a method of
+TYPES = {"mirror": "Mirror", "mm": "MirroredMm", "pool": "DevicePool"}  # of rust_hmm_<this>_<method>
 
 
 def listed(name, reasons=True):
@@ -249,7 +249,10 @@ class Crate:
             m = re.fullmatch(r"rust_hmm_([a-z]+)_(\w+)", symbol)
             type_, method = TYPES.get(m.group(1), "?") if m else "?", m.group(2) if m else symbol
             path = "%s::%s" % (type_, method)
-            users = self.holders(type_) if method == "drop" else self.callers.get(path, ())
+            users = self.callers.get(path, ())
+            if method == "drop":
+                # A value that no struct owns is dropped where it is made.
+                users = self.holders(type_) or self.callers.get("Mirror::" + m.group(1), ())
             if not users or (method != "drop" and path not in self.items):
                 raise Failure("%s: the driver calls no %s" % (symbol, path))
             rows.append((symbol, "``%s``'s destructor" % type_ if method == "drop" else "``%s()``" % path,

@@ -7,6 +7,7 @@ use super::counters::FileStats;
 use hmm::{
     Mirror,
     MirrorOps,
+    MirroredMm,
     PageRange, //
 };
 use kernel::{
@@ -64,7 +65,7 @@ impl Vram {
 
     pub(crate) fn migrate_in(
         &self,
-        _mirror: &Mirror,
+        _mm: &MirroredMm<'_>,
         _range: PageRange,
         _holes: Holes,
         _buf: &mut MoveBuf,
@@ -75,7 +76,7 @@ impl Vram {
 
     pub(crate) fn migrate_out(
         &self,
-        _mirror: &Mirror,
+        _mm: &MirroredMm<'_>,
         _range: PageRange,
         _buf: &mut MoveBuf,
     ) -> Result<Migrated> {

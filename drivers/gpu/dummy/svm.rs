@@ -50,6 +50,7 @@ use hmm::{
     Invalidated,
     Mirror,
     MirrorOps,
+    MirroredMm,
     Miss,
     PageRange,
     RamPage, //
@@ -264,6 +265,7 @@ impl Svm {
     /// - [`ENOMEM`] if the memory that the pages should migrate to has no room.
     pub(crate) fn prefetch(&self, range: PageRange, location: Location) -> Result<Prefetched> {
         let vram = self.vram.as_ref().ok_or(ENODEV)?;
+        let mm = self.mirror.mm()?;
         let mut buf = MoveBuf::new(TABLE_ORDER)?;
         let mut so_far = Prefetched {
             result: Ok(()),
@@ -275,9 +277,9 @@ impl Svm {
             let moved = match location {
                 _ if current!().signal_pending() => Err(EINTR),
                 Location::Device => {
-                    vram.migrate_in(&self.mirror, rest, Holes::Populate, &mut buf, self.stats())
+                    vram.migrate_in(&mm, rest, Holes::Populate, &mut buf, self.stats())
                 }
-                Location::System => vram.migrate_out(&self.mirror, rest, &mut buf),
+                Location::System => vram.migrate_out(&mm, rest, &mut buf),
             };
             match moved {
                 Ok(moved) => {
@@ -306,6 +308,7 @@ impl Svm {
     /// never user memory.
     fn place(
         &self,
+        mm: &MirroredMm<'_>,
         need: PageRange,
         access: Access,
         buf: &mut MoveBuf,
@@ -318,14 +321,14 @@ impl Svm {
 
         let (need, moved) = match policy {
             Policy::None => return Ok((need, (like, policy))),
-            Policy::System => (need, vram.migrate_out(&self.mirror, need, buf)),
+            Policy::System => (need, vram.migrate_out(mm, need, buf)),
             Policy::Device => {
                 let need = vram.fault_limit(need)?;
                 let holes = match access {
                     Access::Read => Holes::Keep,
                     Access::Write => Holes::Populate,
                 };
-                let moved = vram.migrate_in(&self.mirror, need, holes, buf, self.stats());
+                let moved = vram.migrate_in(mm, need, holes, buf, self.stats());
                 (need, moved)
             }
         };
@@ -356,15 +359,16 @@ impl Svm {
     /// - [`EBUSY`] if invalidations kept colliding.
     /// - [`ENOMEM`].
     pub(crate) fn service(&self, fault: Fault, bufs: &mut FaultBuffers) -> Result<usize> {
+        let mm = self.mirror.mm()?;
         let stats = self.stats();
         stats.add(Counter::Faults, 1);
 
         // This fails only for the last page of the address space, which is never user memory.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
-        let (need, like) = self.place(need, fault.access, &mut bufs.moves)?;
+        let (need, like) = self.place(&mm, need, fault.access, &mut bufs.moves)?;
         let request = FaultRequest::new(need, fault.access);
-        let spare = SpareTable::new()?;
-        let result = self.mirror.fault(request, &mut bufs.faults, |commit| {
+        let spare = mm.charge(SpareTable::new)?;
+        let result = mm.fault(request, &mut bufs.faults, |commit| {
             self.translations.map(commit, spare, like);
             commit.needed().map_or(need.end(), |needed| needed.end())
         });
@@ -405,7 +409,7 @@ impl Svm {
     ///
     /// # Context
     ///
-    /// As for [`Svm::service`]. For `f`, as for the closure of [`Mirror::fault`].
+    /// As for [`Svm::service`]. For `f`, as for the closure of [`MirroredMm::fault`].
     ///
     /// # Errors
     ///
@@ -419,7 +423,7 @@ impl Svm {
     ) -> Result<R> {
         let request = FaultRequest::snapshot(range);
 
-        self.mirror.fault(request, &mut bufs.faults, f)
+        self.mirror.mm()?.fault(request, &mut bufs.faults, f)
     }
 
     /// Maps one window at the start of `range`, all pages of which must be in the GPU's memory.
@@ -451,11 +455,12 @@ impl Svm {
     ///
     /// # Errors
     ///
-    /// Those of [`Mirror::make_exclusive`].
+    /// Those of [`MirroredMm::make_exclusive`].
     pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
-        let spare = SpareTable::new()?;
+        let mm = self.mirror.mm()?;
+        let spare = mm.charge(SpareTable::new)?;
 
-        self.mirror.make_exclusive(va, &mut bufs.faults, |page| {
+        mm.make_exclusive(va, &mut bufs.faults, |page| {
             let mut mmu = self.translations.mmu.lock();
             let new = mmu.table(page.va(), spare).map_exclusive(page);
             self.stats().add(Counter::PagesMapped, new.into());

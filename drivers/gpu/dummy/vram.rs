@@ -26,6 +26,7 @@ use hmm::{
     Migrated,
     Mirror,
     MirrorOps,
+    MirroredMm,
     PageRange,
     PoolOps, //
 };
@@ -111,16 +112,16 @@ impl Vram {
     ///
     /// # Errors
     ///
-    /// Those of [`Mirror::migrate_to_device`].
+    /// Those of [`MirroredMm::migrate_to_device`].
     pub(crate) fn migrate_in(
         &self,
-        mirror: &Mirror,
+        mm: &MirroredMm<'_>,
         range: PageRange,
         holes: Holes,
         buf: &mut MoveBuf,
         stats: &Arc<FileStats>,
     ) -> Result<Migrated> {
-        let moved = mirror.migrate_to_device(&self.pool, range, holes, buf, || {
+        let moved = mm.migrate_to_device(&self.pool, range, holes, buf, || {
             if stats.fails() {
                 return Err(ENOMEM);
             }
@@ -137,14 +138,14 @@ impl Vram {
     ///
     /// # Errors
     ///
-    /// Those of [`Mirror::migrate_to_ram`].
+    /// Those of [`MirroredMm::migrate_to_ram`].
     pub(crate) fn migrate_out(
         &self,
-        mirror: &Mirror,
+        mm: &MirroredMm<'_>,
         range: PageRange,
         buf: &mut MoveBuf,
     ) -> Result<Migrated> {
-        mirror.migrate_to_ram(range, buf)
+        mm.migrate_to_ram(range, buf)
     }
 
     /// Evicts all pages, also those of other processes, to system memory.

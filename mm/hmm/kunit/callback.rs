@@ -95,7 +95,9 @@ impl MirrorOps for Inward {
             let req = FaultRequest::new(event.range(), Access::Read);
             let missed = mirror.read(event.range().start(), &mut [0]).is_err();
             inside.results = Some([
-                mirror.fault(req, &mut inside.buf, |_| ()),
+                mirror
+                    .mm()
+                    .and_then(|mm| mm.fault(req, &mut inside.buf, |_| ())),
                 Mirror::new(&MODULE, self.other.clone()).map(drop),
                 if missed { Err(EDEADLK) } else { Ok(()) },
             ]);
@@ -110,7 +112,9 @@ fn unmap_for(mm: &UserMm, ops: Arc<Inward>) -> Result {
     user_write(page.start(), 7)?;
     let mirror = Mirror::new(&MODULE, ops.clone())?;
     let mut buf = FaultBuf::new(0)?;
-    mirror.fault(FaultRequest::new(page, Access::Read), &mut buf, |_| ())?;
+    mirror
+        .mm()?
+        .fault(FaultRequest::new(page, Access::Read), &mut buf, |_| ())?;
     ops.inside.lock().mirror = Some(mirror);
     // Only the mirror has the driver now, unless the caller has.
     drop(ops);
@@ -135,28 +139,29 @@ mod tests {
             let ops = Recorder::new()?;
             let page = super::super::page(pages, 0)?;
             let req = FaultRequest::new(page, Access::Write);
-            other.fault(req, &mut inner, |_| ())?;
-            let results = own.fault(req, &mut buf, |_| {
+            other.mm()?.fault(req, &mut inner, |_| ())?;
+            let held = other.mm()?;
+            let results = own.mm()?.fault(req, &mut buf, |_| {
                 [
-                    own.fault(req, &mut inner, |_| ()),
-                    other.fault(req, &mut inner, |_| ()),
-                    other.fault(FaultRequest::snapshot(page), &mut inner, |_| ()),
+                    held.fault(req, &mut inner, |_| ()),
+                    own.mm().map(drop),
+                    other.mm().map(drop),
                     Mirror::new(&MODULE, ops.clone()).map(drop),
                 ]
             })?;
             assert_eq!(results, [Err(EDEADLK); 4]);
-            let missed = own.fault(req, &mut buf, |_| {
+            let missed = own.mm()?.fault(req, &mut buf, |_| {
                 other.read(page.start(), &mut [0]).is_err()
                     && other.write(page.start(), &[8]).is_err()
             });
             assert_eq!(missed, Ok(true));
             // Page faults are disabled in the closure: they may need locks that the core holds.
-            let touched = own.fault(req, &mut buf, |_| user_read(untouched))?;
+            let touched = own.mm()?.fault(req, &mut buf, |_| user_read(untouched))?;
             assert_eq!(touched, Err(EFAULT));
 
             // After the call everything works again.
             assert!(other.read(page.start(), &mut [0]).is_ok());
-            assert_eq!(other.fault(req, &mut inner, |_| ()), Ok(()));
+            assert_eq!(other.mm()?.fault(req, &mut inner, |_| ()), Ok(()));
             assert_eq!(user_read(untouched), Ok(0));
             assert_eq!(user_read(page.start()), Ok(7));
             Ok(())

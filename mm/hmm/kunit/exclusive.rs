@@ -32,7 +32,9 @@ use kernel::{
 /// Makes `page` exclusive and returns the number of retries.
 fn make_exclusive(mirror: &Mirror, page: PageRange) -> Result<u32> {
     let mut buf = FaultBuf::new(0)?;
-    let va = mirror.make_exclusive(page.start(), &mut buf, |page| page.va())?;
+    let va = mirror
+        .mm()?
+        .make_exclusive(page.start(), &mut buf, |page| page.va())?;
     assert_eq!(va, page.start());
     Ok(buf.retries())
 }
@@ -83,7 +85,9 @@ mod tests {
             // The event erases the entry nevertheless.
             user_write(warm.start(), 1)?;
             let mut buf = FaultBuf::new(0)?;
-            mirror.fault(FaultRequest::new(warm, Access::Write), &mut buf, |_| ())?;
+            mirror
+                .mm()?
+                .fault(FaultRequest::new(warm, Access::Write), &mut buf, |_| ())?;
             let before = ops.count();
             assert_eq!(make_exclusive(&mirror, warm)?, 0);
             assert_eq!(ops.count(), before + 1);
@@ -134,7 +138,7 @@ mod tests {
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(first, Access::Write);
             let mut made = Err(EIO);
-            mirror.fault_loop(&req, &mut buf, &mut |_| (), |_| {
+            mirror.mm()?.fault_loop(&req, &mut buf, &mut |_| (), |_| {
                 if made.is_err() {
                     made = make_exclusive(&other, first);
                 }
@@ -155,7 +159,9 @@ mod tests {
             make_exclusive(&mirror, first)?;
             let before = ops.count();
             let mut buf = FaultBuf::new(3)?;
-            mirror.fault(FaultRequest::new(next, Access::Write), &mut buf, |_| ())?;
+            mirror
+                .mm()?
+                .fault(FaultRequest::new(next, Access::Write), &mut buf, |_| ())?;
             assert!(mirror.write(next.start(), &[1]).is_ok());
             assert!(mirror.write(first.start(), &[2]).is_ok());
             assert_eq!(ops.count(), before);
@@ -215,12 +221,12 @@ mod tests {
     }
 
     #[test]
-    fn a_task_of_another_process_is_eperm() -> Result {
+    fn a_process_that_has_ended_is_esrch() -> Result {
         let mirror = with_user_mm(|mm| Ok(setup(mm)?.0))?;
         with_user_mm(|mm| {
             let page = map_aligned(mm, 1, Prot::ReadWrite)?;
             user_write(page.start(), 1)?;
-            assert_eq!(make_exclusive(&mirror, page).err(), Some(EPERM));
+            assert_eq!(make_exclusive(&mirror, page).err(), Some(ESRCH));
             Ok(())
         })
     }

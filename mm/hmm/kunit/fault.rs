@@ -45,7 +45,8 @@ use kernel::{
 fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> {
     let mut buf = FaultBuf::new(3)?;
     let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
-    mirror.fault(FaultRequest::new(range, access), &mut buf, |commit| {
+    let mm = mirror.mm()?;
+    mm.fault(FaultRequest::new(range, access), &mut buf, |commit| {
         for (_, entry) in commit.entries() {
             let letter = match entry {
                 Entry::Hole => b'h',
@@ -65,7 +66,8 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<KVec<u8>> 
 fn snapshot(mirror: &Mirror, range: PageRange) -> Result<KVec<u8>> {
     let mut buf = FaultBuf::new(3)?;
     let mut letters = KVec::with_capacity(8, GFP_KERNEL)?;
-    mirror.fault(FaultRequest::snapshot(range), &mut buf, |commit| {
+    let mm = mirror.mm()?;
+    mm.fault(FaultRequest::snapshot(range), &mut buf, |commit| {
         assert!(commit.needed().is_none());
         for (_, entry) in commit.entries() {
             let letter = match entry {
@@ -228,7 +230,7 @@ mod tests {
                 let range = PageRange::from_len(start, pages * PAGE_SIZE)?;
                 let mut calls = 0;
                 let req = FaultRequest::new(range, Access::Write);
-                let result = mirror.fault(req, &mut buf, |_| calls += 1);
+                let result = mirror.mm()?.fault(req, &mut buf, |_| calls += 1);
                 assert_eq!(result, Err(EFAULT));
                 assert_eq!(calls, 0);
                 assert_eq!(buf.retries(), 0);
@@ -247,9 +249,11 @@ mod tests {
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(window, Access::Write).timeout_ms(0);
-            mirror.fault(req, &mut buf, |_| ())?;
+            mirror.mm()?.fault(req, &mut buf, |_| ())?;
             let zap = |_: &mut [usize]| zap(mm, window);
-            let result = mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), zap);
+            let result = mirror
+                .mm()?
+                .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), zap);
             assert_eq!(result, Err(EBUSY));
             Ok(())
         })
@@ -390,12 +394,14 @@ mod tests {
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(page(window, 0)?, Access::Write);
             let (mut attempts, mut commits) = (0, 0);
-            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
-                attempts += 1;
-                if attempts <= 2 {
-                    zap(mm, window);
-                }
-            })?;
+            mirror
+                .mm()?
+                .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
+                    attempts += 1;
+                    if attempts <= 2 {
+                        zap(mm, window);
+                    }
+                })?;
             assert_eq!(attempts, 3);
             assert_eq!(commits, 1);
             assert_eq!(buf.retries(), 2);
@@ -416,9 +422,11 @@ mod tests {
             let req = FaultRequest::new(window, Access::Write).timeout_ms(20);
             let mut commits = 0;
             let result =
-                mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
-                    zap(mm, window)
-                });
+                mirror
+                    .mm()?
+                    .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
+                        zap(mm, window)
+                    });
             assert_eq!(result, Err(EBUSY));
             assert_eq!(commits, 0);
             assert!(buf.retries() >= 1);
@@ -444,7 +452,7 @@ mod tests {
                 let req = FaultRequest::new(needed, Access::Write);
                 let (mut left, mut seen) = (collisions, None);
                 let mut f = |commit: &Commit<'_>| seen = Some((commit.range(), commit.needed()));
-                mirror.fault_loop(&req, &mut buf, &mut f, |_| {
+                mirror.mm()?.fault_loop(&req, &mut buf, &mut f, |_| {
                     if left > 0 {
                         left -= 1;
                         zap(mm, window);
@@ -468,7 +476,7 @@ mod tests {
             let req = FaultRequest::snapshot(window);
             let (mut left, mut seen) = (3, None);
             let mut f = |commit: &Commit<'_>| seen = Some(commit.range());
-            mirror.fault_loop(&req, &mut buf, &mut f, |_| {
+            mirror.mm()?.fault_loop(&req, &mut buf, &mut f, |_| {
                 if left > 0 {
                     left -= 1;
                     zap(mm, page(window, 1).unwrap_or(window));
@@ -496,10 +504,12 @@ mod tests {
             };
             let mut f = |commit: &Commit<'_>| served = commit.needed();
             // The hook writes element 1 even if the report has one page; that changes nothing.
-            mirror.fault_loop(&req, &mut buf, &mut f, second)?;
+            mirror.mm()?.fault_loop(&req, &mut buf, &mut f, second)?;
             assert!(served == Some(page(window, 0)?));
             let all = |pfns: &mut [usize]| pfns.fill(HmmPfn::ERROR.into_raw());
-            let result = mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), all);
+            let result = mirror
+                .mm()?
+                .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), all);
             assert_eq!(result, Err(EFAULT));
             assert_eq!(buf.retries(), 0);
             Ok(())
@@ -545,7 +555,9 @@ mod tests {
 
             let mut buf = FaultBuf::new(0)?;
             let req = FaultRequest::new(above, Access::Read);
-            mirror.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| zap(mm, below))?;
+            mirror
+                .mm()?
+                .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| zap(mm, below))?;
             // There may be more than one event: the huge zero page is split before it is zapped.
             assert!(ops.count() >= 1);
             assert_eq!(buf.retries(), 0);
@@ -563,8 +575,9 @@ mod tests {
             let mut buf = FaultBuf::new(1)?;
             let need = PageRange::new(page(window, 1)?.start(), window.end())?;
             let req = FaultRequest::new(need, Access::Write);
-            let (range, needed) =
-                mirror.fault(req, &mut buf, |commit| (commit.range(), commit.needed()))?;
+            let (range, needed) = mirror
+                .mm()?
+                .fault(req, &mut buf, |commit| (commit.range(), commit.needed()))?;
             assert_eq!(range.pages(), 2);
             assert!(needed == Some(page(window, 1)?));
             Ok(())

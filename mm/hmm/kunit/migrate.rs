@@ -110,12 +110,14 @@ impl Setup {
         let Self {
             mirror, pool, buf, ..
         } = self;
-        let migrated = mirror.migrate_to_device(pool, range, holes, buf, || Ok(1));
+        let migrated = mirror
+            .mm()?
+            .migrate_to_device(pool, range, holes, buf, || Ok(1));
         migrated.map(|migrated| migrated.pages())
     }
 
     fn migrate_out(&mut self, range: PageRange) -> Result<usize> {
-        let migrated = self.mirror.migrate_to_ram(range, &mut self.buf)?;
+        let migrated = self.mirror.mm()?.migrate_to_ram(range, &mut self.buf)?;
         Ok(migrated.pages())
     }
 
@@ -136,7 +138,8 @@ impl Setup {
 /// access.
 fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result<usize> {
     let mut buf = FaultBuf::new(ORDER)?;
-    mirror.fault(FaultRequest::new(range, access), &mut buf, |commit| {
+    let mm = mirror.mm()?;
+    mm.fault(FaultRequest::new(range, access), &mut buf, |commit| {
         let needed = commit.needed();
         let device = commit.entries().filter(|(va, entry)| {
             let allowed = match entry {
@@ -392,7 +395,9 @@ mod tests {
                 mut buf,
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            mirror.migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
+            mirror
+                .mm()?
+                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
             device.most.store(0, Relaxed);
             let repaired = device.clone();
             system_dfl().try_spawn(GFP_KERNEL, move || {
@@ -499,15 +504,17 @@ mod tests {
             }
             // All pages except one are the zero page.
             let mut buf = FaultBuf::new(ORDER)?;
-            let zero = setup
-                .mirror
-                .fault(FaultRequest::snapshot(window), &mut buf, |commit| {
-                    let zero = commit.entries().filter(|(_, entry)| match entry {
-                        Entry::Ram(RamPage::Read(page)) => page.is_zero(),
-                        _ => false,
-                    });
-                    zero.count()
-                })?;
+            let zero =
+                setup
+                    .mirror
+                    .mm()?
+                    .fault(FaultRequest::snapshot(window), &mut buf, |commit| {
+                        let zero = commit.entries().filter(|(_, entry)| match entry {
+                            Entry::Ram(RamPage::Read(page)) => page.is_zero(),
+                            _ => false,
+                        });
+                        zero.count()
+                    })?;
             assert_eq!(zero, WINDOW - 1);
             assert_eq!(setup.migrate_in(window)?, WINDOW - 1);
             Ok(())
@@ -709,9 +716,11 @@ mod tests {
                 made.push_within_capacity(data()?)?;
             }
             let spare = data()?;
-            mirror.migrate_to_device(&pool, window, Holes::Populate, &mut buf, || {
-                Ok(made.pop().unwrap_or(spare.clone()))
-            })?;
+            mirror
+                .mm()?
+                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, || {
+                    Ok(made.pop().unwrap_or(spare.clone()))
+                })?;
             assert!(made.is_empty());
             assert_eq!(dropped.load(Relaxed), 0);
             assert!(user_has(window.start(), 1)?);
@@ -820,7 +829,9 @@ mod tests {
                 mut buf,
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
-            mirror.migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
+            mirror
+                .mm()?
+                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
             assert_eq!(fault(&mirror, window, Access::Write)?, WINDOW);
             assert!(mirror.write(window.start(), &[77; PAGE_SIZE]).is_ok());
             drop(pool);
@@ -964,7 +975,7 @@ mod tests {
             assert_eq!(first_byte(&other.mirror, window.start()), Some(1));
             assert_eq!(setup.used(), 0);
             // A mirror cannot migrate to the pool of another device.
-            let migrated = setup.mirror.migrate_to_device(
+            let migrated = setup.mirror.mm()?.migrate_to_device(
                 &other.pool,
                 window,
                 Holes::Keep,
@@ -1038,7 +1049,7 @@ mod tests {
             let mut setup = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             let mut asked = 0;
-            let migrated = setup.mirror.migrate_to_device(
+            let migrated = setup.mirror.mm()?.migrate_to_device(
                 &setup.pool,
                 window,
                 Holes::Keep,
@@ -1087,14 +1098,14 @@ mod tests {
             setup.migrate_in(window)?;
             let mut buf = FaultBuf::new(0)?;
             let va = window.start();
-            setup.mirror.make_exclusive(va, &mut buf, |_| ())?;
+            setup.mirror.mm()?.make_exclusive(va, &mut buf, |_| ())?;
             assert_eq!(buf.retries(), 0);
             assert_eq!(setup.used(), 0);
             assert_eq!(first_byte(&setup.mirror, va), Some(1));
             assert!(setup.mirror.write(va, &[2; PAGE_SIZE]).is_ok());
             assert!(user_has(va, 2)?);
             // Migration to the device ends exclusive access.
-            setup.mirror.make_exclusive(va, &mut buf, |_| ())?;
+            setup.mirror.mm()?.make_exclusive(va, &mut buf, |_| ())?;
             setup.migrate_in(page(window, 0)?)?;
             assert_eq!(first_byte(&setup.mirror, va), None);
             assert!(user_has(va, 2)?);
@@ -1110,12 +1121,12 @@ mod tests {
     }
 
     #[test]
-    fn a_task_of_another_process_is_eperm_and_moves_nothing() -> Result {
+    fn a_process_that_has_ended_is_esrch_and_nothing_moves() -> Result {
         let mut setup = with_user_mm(|_| Setup::new())?;
         with_user_mm(|mm| {
             let window = map_window(mm, Some(1))?;
-            assert_eq!(setup.migrate_in(window), Err(EPERM));
-            assert_eq!(setup.migrate_out(window), Err(EPERM));
+            assert_eq!(setup.migrate_in(window), Err(ESRCH));
+            assert_eq!(setup.migrate_out(window), Err(ESRCH));
             assert_eq!(setup.used(), 0);
             assert_eq!(setup.freed(), 0);
             assert!(holds(window, 1)?);
@@ -1130,11 +1141,11 @@ mod tests {
             let mirror = Mirror::new(&MODULE, Recorder::new()?)?;
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
+            let mm = mirror.mm()?;
             let migrated =
-                mirror
-                    .migrate_to_device(&setup.pool, window, Holes::Keep, &mut setup.buf, || Ok(1));
+                mm.migrate_to_device(&setup.pool, window, Holes::Keep, &mut setup.buf, || Ok(1));
             assert_eq!(migrated.err(), Some(EINVAL));
-            let migrated = mirror.migrate_to_ram(window, &mut setup.buf)?;
+            let migrated = mm.migrate_to_ram(window, &mut setup.buf)?;
             assert_eq!(migrated.pages(), 0);
             assert_eq!(setup.used(), WINDOW);
             Ok(())

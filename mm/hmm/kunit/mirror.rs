@@ -42,7 +42,9 @@ fn fault(mirror: &Mirror, range: PageRange, access: Access) -> Result {
     let mut start = range.start();
     while start < range.end() {
         let req = FaultRequest::new(PageRange::new(start, range.end())?, access);
-        let needed = mirror.fault(req, &mut buf, |commit| commit.needed())?;
+        let needed = mirror
+            .mm()?
+            .fault(req, &mut buf, |commit| commit.needed())?;
         start = needed.ok_or(EIO)?.end();
     }
     Ok(())
@@ -185,7 +187,9 @@ mod tests {
             let ops = Recorder::new()?;
             let mirror = Mirror::new(&MODULE, ops.clone())?;
             let mut buf = FaultBuf::new(0)?;
-            mirror.fault(FaultRequest::new(first, Access::Write), &mut buf, |_| ())?;
+            mirror
+                .mm()?
+                .fault(FaultRequest::new(first, Access::Write), &mut buf, |_| ())?;
 
             mm.munmap(first.end(), PAGE_SIZE)?;
             assert_eq!(ops.count(), 0);
@@ -276,17 +280,17 @@ mod tests {
         assert!(!mirror.is_current());
         assert!(mirror.read(range.start(), &mut [0]).is_err());
         assert!(mirror.write(range.start(), &[0]).is_err());
-        assert_eq!(fault(&mirror, range, Access::Read), Err(EPERM));
+        assert_eq!(fault(&mirror, range, Access::Read), Err(ESRCH));
         Ok(())
     }
 
     #[test]
-    fn a_task_of_another_process_is_eperm() -> Result {
+    fn a_process_that_has_ended_is_esrch_for_any_task() -> Result {
         let mirror = with_user_mm(|_| Mirror::new(&MODULE, Recorder::new()?))?;
         with_user_mm(|mm| {
             let range = map(mm, 1, 7)?;
             assert!(!mirror.is_current());
-            assert_eq!(fault(&mirror, range, Access::Read), Err(EPERM));
+            assert_eq!(fault(&mirror, range, Access::Read), Err(ESRCH));
             Ok(())
         })
     }

@@ -93,10 +93,14 @@ impl PoolOps for Inward {
             let req = FaultRequest::new(inside.page, Access::Read);
             let missed = inside.mirror.read(inside.page.start(), &mut [0]).is_err();
             inside.results = Some([
-                inside.mirror.fault(req, &mut inside.buf, |_| ()),
                 inside
                     .mirror
-                    .migrate_to_ram(inside.page, &mut inside.moves)
+                    .mm()
+                    .and_then(|mm| mm.fault(req, &mut inside.buf, |_| ())),
+                inside
+                    .mirror
+                    .mm()
+                    .and_then(|mm| mm.migrate_to_ram(inside.page, &mut inside.moves))
                     .map(drop),
                 Mirror::new(&MODULE, self.ops.clone()).map(drop),
                 DevicePool::new(&MODULE, c"hmm_inner", self.other.clone(), CHUNK, 1).map(drop),
@@ -229,7 +233,10 @@ mod tests {
             let page = map_aligned(mm, 1, Prot::ReadWrite)?;
             user_write(page.start(), 7)?;
             let mut buf = MigrateBuf::new(0)?;
-            let moved = mirror.migrate_to_device(&pool, page, Holes::Keep, &mut buf, || Ok(1))?;
+            let moved =
+                mirror
+                    .mm()?
+                    .migrate_to_device(&pool, page, Holes::Keep, &mut buf, || Ok(1))?;
             assert_eq!(moved.pages(), 1);
             let inner = pool.pool().clone();
             drop(mirror);
@@ -283,7 +290,8 @@ mod tests {
             let mut buf = MigrateBuf::new(0)?;
             let mut data = Some(Arc::new(Unused(dropped), GFP_KERNEL)?);
             let mut evicted = Ok(());
-            let moved = mirror.migrate_to_device(&pool, page, Holes::Keep, &mut buf, || {
+            let mm = mirror.mm()?;
+            let moved = mm.migrate_to_device(&pool, page, Holes::Keep, &mut buf, || {
                 evicted = pool.evict();
                 data.take().ok_or(EIO)
             })?;

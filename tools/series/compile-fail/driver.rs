@@ -8,7 +8,7 @@ use hmm::{
     FaultRequest, Holes, Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror,
     MirrorOps, PageRange, PoolOps, RamPage, WritePage,
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{prelude::*, sync::Arc, workqueue::system_dfl};
 
 pub struct Ops;
 
@@ -23,7 +23,7 @@ pub fn map_writable(page: &WritePage<'_>) -> usize {
 }
 
 pub fn fault(mirror: &Mirror, buf: &mut FaultBuf, range: PageRange) -> Result<usize> {
-    mirror.fault(
+    mirror.mm()?.fault(
         FaultRequest::new(range, Access::Write),
         buf,
         |commit: &Commit<'_>| {
@@ -78,7 +78,7 @@ pub fn migrate(
     range: PageRange,
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
-    mirror.migrate_to_device(pool, range, Holes::Keep, buf, || Ok(0))
+    mirror.mm()?.migrate_to_device(pool, range, Holes::Keep, buf, || Ok(0))
 }
 
 pub fn map_exclusive(page: &ExclusivePage<'_>) -> usize {
@@ -86,5 +86,13 @@ pub fn map_exclusive(page: &ExclusivePage<'_>) -> usize {
 }
 
 pub fn make_exclusive(mirror: &Mirror, va: usize, buf: &mut FaultBuf) -> Result<usize> {
-    mirror.make_exclusive(va, buf, map_exclusive)
+    mirror.mm()?.make_exclusive(va, buf, map_exclusive)
+}
+
+pub fn fault_later(mirror: Arc<Mirror>, range: PageRange) -> Result {
+    system_dfl().try_spawn(GFP_KERNEL, move || {
+        // The device repeats an access that misses again.
+        let _ = FaultBuf::new(0).and_then(|mut buf| fault(&mirror, &mut buf, range));
+    })?;
+    Ok(())
 }

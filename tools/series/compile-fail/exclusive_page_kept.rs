@@ -14,5 +14,5 @@ pub fn keep<'a>(
     buf: &mut FaultBuf,
     kept: &mut Option<&'a ExclusivePage<'a>>,
 ) -> Result {
-    mirror.make_exclusive(va, buf, |page| *kept = Some(page))
+    mirror.mm()?.make_exclusive(va, buf, |page| *kept = Some(page))
 }

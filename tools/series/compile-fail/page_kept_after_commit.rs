@@ -13,7 +13,7 @@ pub fn fault<'a>(
     buf: &'a mut FaultBuf,
     range: PageRange,
 ) -> Result<Option<WritePage<'a>>> {
-    mirror.fault(FaultRequest::new(range, Access::Write), buf, |commit| {
+    mirror.mm()?.fault(FaultRequest::new(range, Access::Write), buf, |commit| {
         commit.entries().find_map(|(_, entry)| match entry {
             Entry::Ram(RamPage::Write(page)) => Some(page),
             _ => None,
