@@ -8,6 +8,7 @@
 //! - `dmirror`: device nodes with the ioctls of the HMM test driver.
 //! - `gpu`: the instances and their open files.
 //! - `uapi`, `debugfs`: the ioctls, and the counters in debugfs.
+//! - `queue`: the submissions of a file that a work item processes, without the submitting task.
 //! - `job`: one submission, which a work item and the submitting task process in turns.
 //! - `engine`, `command`: the computations of the GPU. They do no I/O and take no locks.
 //! - `svm`: the address space of a process as the GPU sees it. Gives the engine access to memory,
@@ -34,6 +35,7 @@ mod gpu;
 mod job;
 mod mmu;
 mod policy;
+mod queue;
 mod svm;
 mod uapi;
 #[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "novram.rs")]

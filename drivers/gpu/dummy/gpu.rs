@@ -13,8 +13,15 @@ use super::{
     },
     debugfs::InstanceDir,
     policy::Policy,
+    queue::{
+        FileQueue,
+        Workers, //
+    },
     svm::Svm,
-    uapi,
+    uapi::{
+        self,
+        Client, //
+    },
     vram::Vram, //
 };
 use kernel::{
@@ -31,6 +38,7 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        poll::PollTable,
         Arc,
         Mutex, //
     }, //
@@ -38,6 +46,7 @@ use kernel::{
 
 /// The state of an instance that its open files share.
 pub(crate) struct Gpu {
+    workers: Arc<Workers>,
     counters: Arc<Counters>,
     dir: InstanceDir,
     vram: Option<Arc<Vram>>,
@@ -60,6 +69,7 @@ impl Gpu {
             size => Some(Arc::new(Vram::new(name, size)?, GFP_KERNEL)?),
         };
         let gpu = Self {
+            workers: Arc::new(Workers::new()?, GFP_KERNEL)?,
             counters: Arc::new(Counters::new(), GFP_KERNEL)?,
             dir: InstanceDir::new(root, name),
             vram,
@@ -111,6 +121,7 @@ pub(crate) struct OpenFile {
     /// The GPU's view of `mm`. The first ioctl creates it.
     #[pin]
     svm: Mutex<Option<Arc<Svm>>>,
+    queue: Arc<FileQueue>,
     #[pin]
     _stats: debugfs::File<Arc<FileStats>>,
 }
@@ -135,6 +146,7 @@ impl OpenFile {
                 policy,
                 mm,
                 svm <- new_mutex!(None, "dummy_gpu::svm"),
+                queue: FileQueue::new(gpu.workers.clone())?,
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -186,6 +198,14 @@ impl MiscDevice for OpenFile {
 
         // `svm()` fails unless the current task runs in the address space of the file. So `arg` and
         // the addresses in the structure refer to that address space.
-        handler(&this.svm()?, UserPtr::from_addr(arg)).map(|()| 0)
+        let client = Client {
+            svm: this.svm()?,
+            queue: this.queue.clone(),
+        };
+        handler(&client, UserPtr::from_addr(arg)).map(|()| 0)
+    }
+
+    fn poll(this: Pin<&Self>, file: &File, table: PollTable<'_>) -> u32 {
+        this.queue.poll(file, table)
     }
 }

@@ -62,6 +62,20 @@ pub(crate) struct Outcome {
     pub(crate) fault_address: Option<usize>,
 }
 
+impl Outcome {
+    pub(crate) fn new(result: Result<(), Failure>, completed: usize) -> Self {
+        let (result, fault_address) = match result {
+            Ok(()) => (Ok(()), None),
+            Err((err, fault_address)) => (Err(err), fault_address),
+        };
+        Self {
+            result,
+            completed,
+            fault_address,
+        }
+    }
+}
+
 #[pin_data]
 struct Job {
     svm: Arc<Svm>,
@@ -87,20 +101,56 @@ impl WorkItem for Job {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        let mut left = SLICE;
-        let mut engine = this.engine.lock();
-        let completed = engine.completed();
-        let stop = engine.run(&mut &*this.svm, || {
-            let go_on = left > 0 && !this.cancelled.load(Relaxed);
-            left = left.saturating_sub(1);
-            go_on
-        });
-        let completed = engine.completed() - completed;
-        drop(engine);
+        let stop = run_slice(&mut this.engine.lock(), &this.svm, &this.cancelled);
 
-        this.svm.stats().add(Counter::Commands, completed);
         *this.stopped.lock() = Some(stop);
         this.returned.notify_one();
+    }
+}
+
+/// Runs `engine` on the memory of `svm` until all commands are done, an access misses, the time
+/// slice is over, or `cancelled` is set.
+pub(crate) fn run_slice(engine: &mut Engine, svm: &Svm, cancelled: &Atomic<bool>) -> Stop {
+    let mut left = SLICE;
+    let completed = engine.completed();
+    let stop = engine.run(&mut &*svm, || {
+        let go_on = left > 0 && !cancelled.load(Relaxed);
+        left = left.saturating_sub(1);
+        go_on
+    });
+
+    svm.stats()
+        .add(Counter::Commands, engine.completed() - completed);
+    stop
+}
+
+/// An error that ends a submission, and the address that it is about, if it is about one.
+pub(crate) type Failure = (Error, Option<usize>);
+
+/// Calls `run_slice` until all commands are done, and services the GPU page faults in between.
+/// `run_slice` returns why the engine stopped, and how many steps it has done in all.
+pub(crate) fn drive(
+    svm: &Svm,
+    bufs: &mut FaultBuffers,
+    mut run_slice: impl FnMut() -> Result<(Stop, u64)>,
+) -> Result<(), Failure> {
+    let mut retry_limit = RetryLimit::new(Instant::now());
+
+    loop {
+        let (stop, steps) = run_slice().map_err(|err| (err, None))?;
+        match stop {
+            Stop::Done => return Ok(()),
+            Stop::Paused => {}
+            Stop::Fault(fault) => retry_limit
+                .fault(steps, Instant::now())
+                .and_then(|()| match svm.service(fault, bufs) {
+                    // The core has given up for now. `retry_limit` decides whether to try again.
+                    Err(err) if err == EBUSY => Ok(()),
+                    result => result.map(drop),
+                })
+                // A signal, or the end of the process, has nothing to do with the address.
+                .map_err(|err| (err, (err != EINTR && err != ESRCH).then_some(fault.va)))?,
+        }
     }
 }
 
@@ -131,32 +181,12 @@ impl Job {
         }
     }
 
-    /// Runs all commands. On failure, returns the error and, if it is about an access, the address
-    /// of that access.
-    fn drive(self: &Arc<Self>, bufs: &mut FaultBuffers) -> Result<(), (Error, Option<usize>)> {
-        let mut retry_limit = RetryLimit::new(Instant::now());
-
-        loop {
-            match self.run_once().map_err(|err| (err, None))? {
-                Stop::Done => return Ok(()),
-                _ if current!().fatal_signal_pending() => return Err((EINTR, None)),
-                Stop::Paused => {}
-                Stop::Fault(fault) => {
-                    let steps = self.engine.lock().steps();
-
-                    retry_limit
-                        .fault(steps, Instant::now())
-                        .and_then(|()| match self.svm.service(fault, bufs) {
-                            // The core has given up for now. `retry_limit` decides whether to try
-                            // again.
-                            Err(err) if err == EBUSY => Ok(()),
-                            result => result.map(drop),
-                        })
-                        // A signal has nothing to do with the address.
-                        .map_err(|err| (err, (err != EINTR).then_some(fault.va)))?;
-                }
-            }
-        }
+    /// Runs all commands.
+    fn drive(self: &Arc<Self>, bufs: &mut FaultBuffers) -> Result<(), Failure> {
+        drive(&self.svm, bufs, || match self.run_once()? {
+            stop if stop != Stop::Done && current!().fatal_signal_pending() => Err(EINTR),
+            stop => Ok((stop, self.engine.lock().steps())),
+        })
     }
 }
 
@@ -190,13 +220,5 @@ pub(crate) fn run(svm: Arc<Svm>, commands: KVVec<Command>) -> Result<Outcome> {
     job.work.flush();
 
     let completed = job.engine.lock().completed();
-    let (result, fault_address) = match result {
-        Ok(()) => (Ok(()), None),
-        Err((err, fault_address)) => (Err(err), fault_address),
-    };
-    Ok(Outcome {
-        result,
-        completed,
-        fault_address,
-    })
+    Ok(Outcome::new(result, completed))
 }

@@ -20,6 +20,10 @@ use super::{
     job,
     mmu::TABLE_SIZE,
     policy::Policy,
+    queue::{
+        FileQueue,
+        NoOutcome, //
+    },
     svm::{
         Location,
         Svm, //
@@ -32,6 +36,7 @@ use kernel::{
     page::PAGE_SIZE,
     prelude::*,
     sync::Arc,
+    time::Delta,
     uaccess::UserSlice,
     uapi, //
 };
@@ -40,6 +45,7 @@ const INFO: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_INFO);
 const SUBMIT: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_SUBMIT);
 const STATS: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_STATS);
 const PREFETCH: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_PREFETCH);
+const WAIT: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_WAIT);
 const ADVISE: u32 = _IO(uapi::DUMMY_GPU_IOC_TYPE, uapi::DUMMY_GPU_CMD_ADVISE);
 
 const LOCATION_SYSTEM: u64 = uapi::dummy_gpu_location_DUMMY_GPU_LOCATION_SYSTEM as u64;
@@ -48,6 +54,8 @@ const LOCATION_DEVICE: u64 = uapi::dummy_gpu_location_DUMMY_GPU_LOCATION_DEVICE 
 const POLICY_DEVICE: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_DEVICE as u64;
 const POLICY_SYSTEM: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_SYSTEM as u64;
 const POLICY_NONE: u64 = uapi::dummy_gpu_policy_DUMMY_GPU_POLICY_NONE as u64;
+
+const SUBMIT_ASYNC: u64 = uapi::DUMMY_GPU_SUBMIT_ASYNC as u64;
 
 /// The maximum number of commands in one submission.
 const MAX_COMMANDS: u64 = 1024;
@@ -141,17 +149,22 @@ impl<const N: usize> Extensible<N> {
     }
 }
 
-/// Handles an ioctl for the address space that a file is bound to. The second argument is the
-/// address of the structure.
+/// What an ioctl is for: an open file, and the address space that it is bound to.
+pub(crate) struct Client {
+    pub(crate) svm: Arc<Svm>,
+    pub(crate) queue: Arc<FileQueue>,
+}
+
+/// Handles an ioctl. The second argument is the address of the structure.
 ///
 /// # Context
 ///
-/// The current task runs in that address space.
+/// The current task runs in the address space of the client.
 ///
 /// # Errors
 ///
 /// Those that the uAPI header lists for the ioctl.
-pub(crate) type Handler = fn(&Arc<Svm>, UserPtr) -> Result;
+pub(crate) type Handler = fn(&Client, UserPtr) -> Result;
 
 /// Returns the handler of an ioctl.
 ///
@@ -165,11 +178,12 @@ pub(crate) fn handler(cmd: u32) -> Result<Handler> {
         STATS => Ok(stats),
         PREFETCH => Ok(prefetch),
         ADVISE => Ok(advise),
+        WAIT => Ok(wait),
         _ => Err(ENOTTY),
     }
 }
 
-fn info(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+fn info(client: &Client, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_info);
 
     let user = Extensible::<WORDS>::new(arg)?;
@@ -183,11 +197,11 @@ fn info(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     info[word!(dummy_gpu_info.window_size)] = TABLE_SIZE as u64;
     info[word!(dummy_gpu_info.max_commands)] = MAX_COMMANDS;
     info[word!(dummy_gpu_info.max_length)] = MAX_LENGTH;
-    info[word!(dummy_gpu_info.vram_size)] = svm.vram_size() as u64;
+    info[word!(dummy_gpu_info.vram_size)] = client.svm.vram_size() as u64;
     user.write(0, &info)
 }
 
-fn stats(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+fn stats(client: &Client, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_stats);
 
     let user = Extensible::<WORDS>::new(arg)?;
@@ -200,38 +214,75 @@ fn stats(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     for (word, counter) in stats
         .iter_mut()
         .skip(FIRST_COUNTER)
-        .zip(svm.stats().counters().read())
+        .zip(client.svm.stats().counters().read())
     {
         *word = counter;
     }
     user.write(0, &stats)
 }
 
-fn submit(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+fn submit(client: &Client, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_submit);
     const OUTPUT: usize = word!(dummy_gpu_submit.completed);
     static_assert!(word!(dummy_gpu_submit.fault_address) == OUTPUT + 1);
+    static_assert!(word!(dummy_gpu_submit.sequence) == OUTPUT + 2);
 
     let user = Extensible::<WORDS>::new(arg)?;
     let submit = user.read()?;
-    if submit[word!(dummy_gpu_submit.flags)] != 0 {
+    let flags = submit[word!(dummy_gpu_submit.flags)];
+    if flags & !SUBMIT_ASYNC != 0 {
         return Err(EINVAL);
     }
     // Fail before anything runs if the outcome cannot be written back.
     user.write(word!(dummy_gpu_submit.size), &[(WORDS * WORD) as u64])?;
-    user.write(OUTPUT, &[0, 0])?;
+    user.write(OUTPUT, &[0, 0, 0])?;
 
+    let svm = &client.svm;
     let commands = commands(
         svm,
         submit[word!(dummy_gpu_submit.commands)],
         submit[word!(dummy_gpu_submit.count)],
         submit[word!(dummy_gpu_submit.command_size)],
     )?;
+    if flags & SUBMIT_ASYNC != 0 {
+        let sequence = client.queue.submit(svm.clone(), commands)?;
+        return user.write(word!(dummy_gpu_submit.sequence), &[sequence]);
+    }
     let outcome = job::run(svm.clone(), commands)?;
     let fault_address = outcome.fault_address.unwrap_or(0);
     let told = user.write(OUTPUT, &[outcome.completed as u64, fault_address as u64]);
 
     outcome.result.and(told)
+}
+
+fn wait(client: &Client, arg: UserPtr) -> Result {
+    const WORDS: usize = words!(dummy_gpu_wait);
+    const OUTPUT: usize = word!(dummy_gpu_wait.completed);
+    static_assert!(word!(dummy_gpu_wait.fault_address) == OUTPUT + 1);
+
+    let user = Extensible::<WORDS>::new(arg)?;
+    let wait = user.read()?;
+    if wait[word!(dummy_gpu_wait.flags)] != 0 {
+        return Err(EINVAL);
+    }
+    user.write(word!(dummy_gpu_wait.size), &[(WORDS * WORD) as u64])?;
+    user.write(OUTPUT, &[0, 0])?;
+
+    let timeout = i64::try_from(wait[word!(dummy_gpu_wait.timeout)]).unwrap_or(i64::MAX);
+    let sequence = wait[word!(dummy_gpu_wait.sequence)];
+    match client.queue.wait(sequence, Delta::from_nanos(timeout)) {
+        Ok(outcome) => {
+            let fault_address = outcome.fault_address.unwrap_or(0);
+            let told = user.write(OUTPUT, &[outcome.completed as u64, fault_address as u64]);
+            outcome.result.and(told)
+        }
+        Err(NoOutcome { error, left }) => {
+            // The wait may be started again after a signal.
+            let left = left.as_nanos().max(0) as u64;
+            user.write(word!(dummy_gpu_wait.timeout), &[left])?;
+            Err(error)
+        }
+    }
 }
 
 /// Checks the range of pages of an ioctl. `length` and `max_length` are in bytes.
@@ -253,7 +304,7 @@ fn page_range(svm: &Svm, start: u64, length: u64, max_length: u64) -> Result<Pag
     Ok(range)
 }
 
-fn prefetch(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+fn prefetch(client: &Client, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_prefetch);
     const OUTPUT: usize = word!(dummy_gpu_prefetch.done);
     static_assert!(word!(dummy_gpu_prefetch.pages) == OUTPUT + 1);
@@ -266,6 +317,7 @@ fn prefetch(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     user.write(word!(dummy_gpu_prefetch.size), &[(WORDS * WORD) as u64])?;
     user.write(OUTPUT, &[0, 0])?;
 
+    let svm = &client.svm;
     let range = page_range(
         svm,
         prefetch[word!(dummy_gpu_prefetch.start)],
@@ -283,7 +335,7 @@ fn prefetch(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     prefetched.result.and(told)
 }
 
-fn advise(svm: &Arc<Svm>, arg: UserPtr) -> Result {
+fn advise(client: &Client, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_advise);
 
     let user = Extensible::<WORDS>::new(arg)?;
@@ -291,6 +343,7 @@ fn advise(svm: &Arc<Svm>, arg: UserPtr) -> Result {
     if advise[word!(dummy_gpu_advise.flags)] != 0 {
         return Err(EINVAL);
     }
+    let svm = &client.svm;
     let range = page_range(
         svm,
         advise[word!(dummy_gpu_advise.start)],

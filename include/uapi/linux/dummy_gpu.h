@@ -63,6 +63,7 @@ enum {
 	DUMMY_GPU_CMD_STATS = 0x02,
 	DUMMY_GPU_CMD_PREFETCH = 0x03,
 	DUMMY_GPU_CMD_ADVISE = 0x04,
+	DUMMY_GPU_CMD_WAIT = 0x05,
 };
 
 /**
@@ -155,7 +156,7 @@ struct dummy_gpu_command {
 /**
  * struct dummy_gpu_submit - ioctl(DUMMY_GPU_IOC_SUBMIT)
  * @size: sizeof(struct dummy_gpu_submit)
- * @flags: Must be 0
+ * @flags: 0 or DUMMY_GPU_SUBMIT_ASYNC
  * @commands: Address of an array of struct dummy_gpu_command
  * @count: Number of commands, from 1 to @max_commands of struct dummy_gpu_info
  * @command_size: sizeof(struct dummy_gpu_command), which is the distance from
@@ -164,6 +165,8 @@ struct dummy_gpu_command {
  *                command must be zero.
  * @completed: Output: number of commands that completed
  * @fault_address: Output: address that the device could not access, or 0
+ * @sequence: Output: the number of the submission, with DUMMY_GPU_SUBMIT_ASYNC;
+ *            otherwise 0
  *
  * Run an array of commands in order and wait for the end of the last one.
  * Commands of submissions that run at the same time are not ordered.
@@ -199,6 +202,15 @@ struct dummy_gpu_command {
  * EFAULT, EPERM, EBUSY or ENOMEM, @fault_address is the first byte of an
  * operand that could not be accessed: the start of the operand or the start of
  * a page in it. Otherwise @fault_address is 0.
+ *
+ * With DUMMY_GPU_SUBMIT_ASYNC the ioctl returns after the checks, and the
+ * commands run later, after those that were submitted to this file in the same
+ * way before. DUMMY_GPU_IOC_WAIT returns their outcome. The process may use its
+ * memory, unmap it or exit meanwhile. If the file is closed, no further command
+ * starts. The two additional errors are:
+ *
+ *  - EAGAIN: 64 submissions of this file were not waited for yet.
+ *  - ENFILE: Too many files of the device have submitted commands in this way.
  */
 struct dummy_gpu_submit {
 	__u64 size;
@@ -208,9 +220,49 @@ struct dummy_gpu_submit {
 	__u64 command_size;
 	__u64 completed;
 	__u64 fault_address;
+	__u64 sequence;
 };
 
 #define DUMMY_GPU_IOC_SUBMIT _IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_SUBMIT)
+
+/* A flag of DUMMY_GPU_IOC_SUBMIT: do not wait for the commands. */
+#define DUMMY_GPU_SUBMIT_ASYNC	0x1
+
+/**
+ * struct dummy_gpu_wait - ioctl(DUMMY_GPU_IOC_WAIT)
+ * @size: sizeof(struct dummy_gpu_wait)
+ * @flags: Must be 0
+ * @sequence: The number of a submission, from DUMMY_GPU_IOC_SUBMIT
+ * @timeout: How long to wait at most, in nanoseconds. 0 does not wait. If a
+ *           signal ends the wait, the rest of the time is written back, so that
+ *           the ioctl can be started again.
+ * @completed: Output: number of commands that completed
+ * @fault_address: Output: address that the device could not access, or 0
+ *
+ * Wait for a submission that was made with DUMMY_GPU_SUBMIT_ASYNC, and get its
+ * outcome: the ioctl returns, and writes to @completed and @fault_address, what
+ * DUMMY_GPU_IOC_SUBMIT would have returned and written. Each outcome can be
+ * got once. No command of the submission is running then.
+ *
+ * poll() reports POLLIN if there is an outcome to get, and POLLOUT if another
+ * submission can be made.
+ *
+ * The following errors say that there is no outcome:
+ *
+ *  - EINVAL: This file has no such submission, or its outcome was got before.
+ *  - ETIME: The submission did not end in time.
+ *  - EINTR: A signal arrived, and its handler does not restart system calls.
+ */
+struct dummy_gpu_wait {
+	__u64 size;
+	__u64 flags;
+	__u64 sequence;
+	__u64 timeout;
+	__u64 completed;
+	__u64 fault_address;
+};
+
+#define DUMMY_GPU_IOC_WAIT _IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_WAIT)
 
 /**
  * struct dummy_gpu_stats - ioctl(DUMMY_GPU_IOC_STATS)

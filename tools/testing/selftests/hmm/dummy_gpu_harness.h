@@ -44,6 +44,30 @@ static inline int run(int fd, struct dummy_gpu_command command)
 	return err;
 }
 
+/* A worker of the kernel runs the commands: 0 or a negative errno. */
+static inline int submit_and_wait(int fd, struct dummy_gpu_submit *submit)
+{
+	struct dummy_gpu_wait wait;
+	int err = gpu_submit_async(fd, submit);
+
+	if (err)
+		return err;
+	err = gpu_wait(fd, submit->sequence, ~0ULL, &wait);
+	submit->completed = wait.completed;
+	submit->fault_address = wait.fault_address;
+	return err;
+}
+
+static inline int run_by_worker(int fd, struct dummy_gpu_command command)
+{
+	struct dummy_gpu_submit submit = gpu_submission(&command, 1);
+	int err = submit_and_wait(fd, &submit);
+
+	if (!err && (submit.completed != 1 || submit.fault_address))
+		return -EPROTO;
+	return err;
+}
+
 /* The sum of a vector as the device sees it, or GPU_UNTOUCHED on any error. */
 static inline uint64_t gpu_sum(int fd, const void *p, size_t length)
 {
@@ -238,17 +262,19 @@ static inline int64_t instance_pages(void)
 	return instance_pages_of(0);
 }
 
-/*
- * Waits for ended processes to be gone. Whether the instance then has that many
- * pages.
- */
-static inline bool instance_pages_become(int64_t pages)
+/* Waits for ended processes to be gone. Whether the counter then has that value. */
+static inline bool instance_counter_becomes(unsigned int n, const char *name, int64_t value)
 {
 	struct timespec tick = { .tv_nsec = 10 * 1000 * 1000 };
 
-	for (int i = 0; i < 500 && instance_pages() != pages; i++)
+	for (int i = 0; i < 500 && instance_counter(n, name) != value; i++)
 		nanosleep(&tick, NULL);
-	return instance_pages() == pages;
+	return instance_counter(n, name) == value;
+}
+
+static inline bool instance_pages_become(int64_t pages)
+{
+	return instance_counter_becomes(0, "device_pages", pages);
 }
 
 static inline int uffd_open(void)

@@ -1482,8 +1482,11 @@ TEST_F_SETS(charge)
 #define BLOCK	(2UL << 20)
 #define BLOCKS	128
 
-/* Reads a byte of each block with the device. The pages stay holes. */
-static int mirroring_child(struct other *other)
+/*
+ * Reads a byte of each block with the device. The pages stay holes. The faults
+ * are serviced by the child, or by a worker of the kernel.
+ */
+static int mirroring_child(struct other *other, int (*run)(int, struct dummy_gpu_command))
 {
 	uint8_t *p = map(BLOCKS * BLOCK, PROT_READ | PROT_WRITE);
 	uint64_t *sum = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -1502,7 +1505,8 @@ static int mirroring_child(struct other *other)
  * The memory for the entries of a mirror is charged to the cgroup of the
  * process, or a process could use as much as it likes.
  */
-TEST_F_SETS(charge_of_entries)
+static void charge_of_entries(struct __test_metadata *_metadata, LIFE *self,
+			      int (*run)(int, struct dummy_gpu_command))
 {
 	const int64_t entries = (BLOCKS - 1) * (BLOCK / page * sizeof(long)), noise = entries / 10;
 	struct other other;
@@ -1515,7 +1519,7 @@ TEST_F_SETS(charge_of_entries)
 	pid = spawn(&other);
 	ASSERT_LE(0, pid);
 	if (!pid)
-		_exit(mirroring_child(&other));
+		_exit(mirroring_child(&other, run));
 	ASSERT_TRUE(group_child(self, group, pid));
 	for (size_t i = 0; i < ARRAY_SIZE(slab); i++) {
 		ASSERT_EQ(0, tell(&other));
@@ -1531,6 +1535,17 @@ TEST_F_SETS(charge_of_entries)
 	self->grouped = 0;
 	EXPECT_EQ(0, ended(&other));
 	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
+}
+
+TEST_F_SETS(charge_of_entries)
+{
+	charge_of_entries(_metadata, self, run);
+}
+
+/* What a worker of the kernel allocates is charged to the process, not to the worker. */
+TEST_F_SETS(charge_of_entries_by_a_worker)
+{
+	charge_of_entries(_metadata, self, run_by_worker);
 }
 
 /*
@@ -1565,11 +1580,8 @@ static bool gpu_reads(bool expect)
 	return before < 0 ? expect : false;
 }
 
-/*
- * A task that waits for its commands can be frozen, as all tasks are for system
- * suspend. The GPU does nothing for it then, and goes on when it is thawed.
- */
-TEST_F(life, frozen_in_command)
+static void frozen(struct __test_metadata *_metadata, LIFE *self,
+		   int (*submit_all)(int, struct dummy_gpu_submit *), bool gpu_goes_on)
 {
 	const size_t length = self->size / 4;
 	struct dummy_gpu_command commands[1024];
@@ -1596,7 +1608,7 @@ TEST_F(life, frozen_in_command)
 
 		if (fd < 0 || run(fd, gpu_fill(p, 1, length)) || tell(&other))
 			_exit(1);
-		gpu_submit(fd, &submit);
+		submit_all(fd, &submit);
 		_exit(2);
 	}
 	self->grouped = pid;
@@ -1607,9 +1619,9 @@ TEST_F(life, frozen_in_command)
 	snprintf(path, sizeof(path), "%s/freezer.state", group);
 	EXPECT_TRUE(freezes(path));
 	/* Wait for the work item to end its slice. */
-	for (int i = 0; i < 20 && reads; i++)
+	for (int i = 0; i < 20 && reads && !gpu_goes_on; i++)
 		reads = gpu_reads(false);
-	EXPECT_FALSE(reads);
+	EXPECT_EQ(gpu_goes_on, gpu_goes_on ? gpu_reads(true) : reads);
 	EXPECT_TRUE(write_to(path, "THAWED"));
 	EXPECT_TRUE(gpu_reads(true));
 
@@ -1618,6 +1630,21 @@ TEST_F(life, frozen_in_command)
 	EXPECT_TRUE(was_killed(ended(&other), SIGKILL));
 	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
 	munmap(p, length);
+}
+
+/*
+ * A task that waits for its commands can be frozen, as all tasks are for system
+ * suspend. The GPU does nothing for it then, and goes on when it is thawed.
+ */
+TEST_F(life, frozen_in_command)
+{
+	frozen(_metadata, self, gpu_submit, false);
+}
+
+/* A worker of the kernel is not a task of the process: it goes on. */
+TEST_F(life, frozen_while_a_worker_runs_its_commands)
+{
+	frozen(_metadata, self, submit_and_wait, true);
 }
 
 /*
@@ -1696,6 +1723,9 @@ static int fill_share(struct other *other, int fd, size_t share, int64_t *most,
 		return -EPIPE;
 	if (most)
 		*most = instance_pages();
+	/* Nobody moves pages before they are counted. */
+	if (tell(other) || hear(other))
+		return -EPIPE;
 	for (size_t i = 0; i < 2; i++)
 		err = pthread_create(&fillers[i].thread, NULL, fill_thread, &fillers[i]) ?: err;
 	for (size_t i = 0; i < 2; i++) {

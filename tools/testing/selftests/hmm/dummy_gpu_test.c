@@ -361,7 +361,7 @@ TEST_F(uapi, unknown_ioctl)
 {
 	uint64_t words[MAX_SIZE / 8] = { 0 };
 
-	for (unsigned int nr = DUMMY_GPU_CMD_ADVISE + 1; nr < 0x100; nr++) {
+	for (unsigned int nr = DUMMY_GPU_CMD_WAIT + 1; nr < 0x100; nr++) {
 		EXPECT_EQ(-ENOTTY, gpu_ioctl(self->fd, _IO(DUMMY_GPU_IOC_TYPE, nr), words))
 			TH_LOG("number %#x", nr);
 	}
@@ -489,6 +489,10 @@ TEST_F(uapi, struct_flags)
 		const struct extensible *e = &extensible[i];
 
 		for (int bit = 0; bit < 64; bit++) {
+			/* The only flag that there is. */
+			if (e->request == DUMMY_GPU_IOC_SUBMIT &&
+			    1ULL << bit == DUMMY_GPU_SUBMIT_ASYNC)
+				continue;
 			prepare(words, e, &command, e->known);
 			words[1] = 1ULL << bit;
 			memcpy(before, words, sizeof(words));

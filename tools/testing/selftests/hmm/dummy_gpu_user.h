@@ -59,6 +59,7 @@ gpu_submission(const struct dummy_gpu_command *commands, uint64_t count)
 		.command_size = sizeof(*commands),
 		.completed = GPU_UNTOUCHED,
 		.fault_address = GPU_UNTOUCHED,
+		.sequence = GPU_UNTOUCHED,
 	};
 
 	return submit;
@@ -67,6 +68,26 @@ gpu_submission(const struct dummy_gpu_command *commands, uint64_t count)
 static inline int gpu_submit(int fd, struct dummy_gpu_submit *submit)
 {
 	return gpu_ioctl(fd, DUMMY_GPU_IOC_SUBMIT, submit);
+}
+
+/* Does not wait for the commands. */
+static inline int gpu_submit_async(int fd, struct dummy_gpu_submit *submit)
+{
+	submit->flags |= DUMMY_GPU_SUBMIT_ASYNC;
+	return gpu_submit(fd, submit);
+}
+
+/* The outcome of a submission: 0 or a negative errno. The timeout is in nanoseconds. */
+static inline int gpu_wait(int fd, uint64_t sequence, uint64_t timeout, struct dummy_gpu_wait *wait)
+{
+	*wait = (struct dummy_gpu_wait){
+		.size = sizeof(*wait),
+		.sequence = sequence,
+		.timeout = timeout,
+		.completed = GPU_UNTOUCHED,
+		.fault_address = GPU_UNTOUCHED,
+	};
+	return gpu_ioctl(fd, DUMMY_GPU_IOC_WAIT, wait);
 }
 
 static inline struct dummy_gpu_command
