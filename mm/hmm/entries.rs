@@ -166,6 +166,24 @@ impl Entries {
         Ok(())
     }
 
+    /// Whether there is an entry in `range`.
+    pub(crate) fn any(&self, range: PageRange) -> bool {
+        let mut va = range.start();
+        while let Some((leaf, page)) = self.position(va).filter(|_| va < range.end()) {
+            let pages = (LEAF_PAGES - page).min((range.end() - va) / PAGE_SIZE);
+            if let Some(Some(leaf)) = self.leaves.get(leaf) {
+                if leaf.0[page..page + pages]
+                    .iter()
+                    .any(|pfn| *pfn != HmmPfn::NONE)
+                {
+                    return true;
+                }
+            }
+            va += pages * PAGE_SIZE;
+        }
+        false
+    }
+
     /// Erases the entries of `range`. Frees leaves without entries, so that a process cannot keep
     /// memory allocated for pages that it has unmapped. Returns the number of entries erased.
     pub(crate) fn erase(&mut self, range: PageRange) -> usize {

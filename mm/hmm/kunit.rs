@@ -17,12 +17,14 @@ mod pfn;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod pool;
 mod range;
+mod region;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod slots;
 
 use super::{
     range::PageRange,
     region::{
+        Cause,
         Invalidate,
         Invalidated,
         MirrorOps, //
@@ -85,6 +87,7 @@ struct Recorder {
 struct Seen {
     count: usize,
     last: Option<PageRange>,
+    cause: Option<Cause>,
 }
 
 impl Recorder {
@@ -100,6 +103,11 @@ impl Recorder {
         self.seen.lock().count
     }
 
+    /// Why the last of them came.
+    fn cause(&self) -> Option<Cause> {
+        self.seen.lock().cause
+    }
+
     /// The range of the last of them.
     fn last(&self) -> Option<PageRange> {
         self.seen.lock().last
@@ -111,6 +119,7 @@ impl MirrorOps for Recorder {
         let mut seen = self.seen.lock();
         seen.count += 1;
         seen.last = Some(event.range());
+        seen.cause = Some(event.cause());
         event.done()
     }
 }

@@ -87,9 +87,10 @@
 //! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`] and [`ExclusivePage`] are only lent to a
 //!   closure and have no destructor. A closure cannot fault again, so a task never has those of two
 //!   mirrors at a time and cannot confuse their pages.
-//! - [`Invalidate`] and [`Invalidated`] have no destructor, and a lifetime that is unique to each
-//!   call of [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that
-//!   was made from its own [`Invalidate`].
+//! - [`Invalidate`] and [`Invalidated`] have a lifetime that is unique to each call of
+//!   [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that was made
+//!   from its own [`Invalidate`]. What [`Invalidate::flushing`] was given, the core drops after it
+//!   has waited.
 //! - [`CopyBatch`], [`CopyOp`], [`DeviceRange`] and [`NewMemory`] are passed to [`PoolOps::copy`]
 //!   and have no destructor. A batch fails if the driver has not taken all of its items, or has not
 //!   written every byte of a [`NewMemory`]. The core cannot see the device's memory: it relies on
@@ -198,6 +199,8 @@ pub use pool_ops::{
 };
 pub use range::PageRange;
 pub use region::{
+    Cause,
+    Flush,
     Invalidate,
     Invalidated,
     MirrorOps, //

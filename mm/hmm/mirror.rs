@@ -319,7 +319,8 @@ impl Mirror {
     /// Creates a region that contains `va`, without adding it to the mirror.
     pub(crate) fn new_region(&self, mm: &MmWithUser, va: usize) -> Result<Arc<Region>> {
         let range = PageRange::aligned_block(va, REGION_ORDER)?;
-        Region::new(mm, range, self.inner.ops.clone())
+        let owner = Pool::owner(self.inner.pool.as_ref());
+        Region::new(mm, range, self.inner.ops.clone(), owner)
     }
 
     /// Adds `region`, which contains `va`, to the mirror. If another task has added one for `va`

@@ -22,6 +22,7 @@ use super::{
 };
 use core::marker::PhantomData;
 use kernel::{
+    alloc::AllocError,
     bindings,
     error::to_result,
     mm::MmWithUser,
@@ -42,24 +43,77 @@ pub(crate) const REGION_ORDER: u32 = 29 - 12;
 
 kernel::static_assert!(REGION_ORDER >= LEAF_ORDER);
 
-/// The callback with which a driver follows changes of the address space.
+/// The callbacks with which a driver follows changes of the address space.
 pub trait MirrorOps: Send + Sync {
     /// Stops the use of `event.range()` by the device. When this returns, the device must no longer
     /// use any translation that the driver has made for the range, TLB entries included.
     ///
     /// The core has already erased its entries of the range, so that nothing in it can be read,
     /// written or committed until the driver faults it again. The core does not call this if the
-    /// range had no entry, since the driver cannot have a translation then.
+    /// range had no entry, since the driver cannot have a translation then. The exception is
+    /// [`Cause::Release`], for which the core calls this once for each region that has been used.
+    ///
+    /// A driver that has to wait for its device starts the work and returns
+    /// [`Invalidate::flushing`]. The core then waits with [`Flush::wait`], after all devices that
+    /// mirror the range have started. So the work of several devices takes the time of one.
     ///
     /// # Context
     ///
     /// Called with the region's lock held for write. The caller in mm may hold `mmap_lock` or locks
     /// of the reverse map, or may be in reclaim. So this must not allocate memory in a way that
-    /// waits, take `mmap_lock` or drop a reference to an mm. It must not sleep either, since the
-    /// OOM reaper may be the caller. Page faults are disabled: an access to user memory that is not
-    /// present fails. Calls of this crate fail, too. Lock order: the region's lock, then the
-    /// driver's own locks.
+    /// waits, take `mmap_lock` or drop a reference to an mm. It must not sleep, unless
+    /// [`MirrorOps::may_sleep`] says that it may. Page faults are disabled: an access to user
+    /// memory that is not present fails. Calls of this crate fail, too. Lock order: the region's
+    /// lock, then the driver's own locks.
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op>;
+
+    /// Whether [`MirrorOps::invalidate`], or the [`Flush::wait`] that follows it, may sleep. The
+    /// answer is always the same.
+    ///
+    /// If so, the core refuses events that must not block, before anything has changed, when it
+    /// would have to call the driver. Such events come from the OOM reaper and from
+    /// `process_mrelease()`, which leave the range alone then. So the memory of a process that is
+    /// killed is freed later, when the process exits.
+    fn may_sleep(&self) -> bool {
+        false
+    }
+}
+
+/// Work of a device that [`MirrorOps::invalidate`] has started: a flush of a TLB, for example.
+pub trait Flush: Send + Sync {
+    /// Waits until the work that `fence` stands for has ended. `fence` is what the driver has
+    /// passed to [`Invalidate::flushing`].
+    ///
+    /// # Context
+    ///
+    /// As for [`MirrorOps::invalidate`], but without the region's lock, unless there was no memory
+    /// to wait later. mm waits for this, so the time must be bounded.
+    fn wait(&self, fence: u64);
+}
+
+/// Why mm invalidates a range.
+///
+/// A driver may ignore this. It can use it to keep what it needs no more than before, and to free
+/// what it does not need any more.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The addresses are unmapped, or their memory is moved to others (`MMU_NOTIFY_UNMAP`).
+    Unmap,
+    /// The process may access the pages in another way than before, or mm wants to see their next
+    /// write (`MMU_NOTIFY_PROTECTION_VMA`, `MMU_NOTIFY_PROTECTION_PAGE`, `MMU_NOTIFY_SOFT_DIRTY`).
+    Protect,
+    /// Pages are replaced or taken away, for reclaim, `madvise()` or copy-on-write for example
+    /// (`MMU_NOTIFY_CLEAR`).
+    Clear,
+    /// Pages migrate to the memory of this device, or from there (`MMU_NOTIFY_MIGRATE`).
+    OwnMigration,
+    /// Pages migrate to the memory of another device, or from there (`MMU_NOTIFY_MIGRATE`).
+    OtherMigration,
+    /// A page is made exclusive to this device or another one (`MMU_NOTIFY_EXCLUSIVE`).
+    Exclusive,
+    /// No process has the address space any more. There is no further fault in the region
+    /// (`MMU_NOTIFY_RELEASE`).
+    Release,
 }
 
 /// An invalidation in progress.
@@ -68,6 +122,7 @@ pub trait MirrorOps: Send + Sync {
 /// keep this or an [`Invalidated`] nor use the one of another callback.
 pub struct Invalidate<'op> {
     range: PageRange,
+    cause: Cause,
     _op: PhantomData<fn(&'op ()) -> &'op ()>,
 }
 
@@ -78,17 +133,48 @@ impl<'op> Invalidate<'op> {
         self.range
     }
 
+    /// Why the range is invalidated.
+    #[inline]
+    pub fn cause(&self) -> Cause {
+        self.cause
+    }
+
     /// Confirms that the device does not use the range any more.
     #[inline]
     pub fn done(self) -> Invalidated<'op> {
-        Invalidated { _op: PhantomData }
+        Invalidated {
+            flush: None,
+            _op: PhantomData,
+        }
+    }
+
+    /// Confirms that the device does not use the range any more when `flush.wait(fence)` has
+    /// returned.
+    ///
+    /// [`MirrorOps::may_sleep`] must be true if the wait may sleep.
+    #[inline]
+    pub fn flushing(self, flush: Arc<dyn Flush>, fence: u64) -> Invalidated<'op> {
+        Invalidated {
+            flush: Some((flush, fence)),
+            _op: PhantomData,
+        }
     }
 }
 
 /// Proof that a driver handled the [`Invalidate`] with the same lifetime.
 #[must_use]
 pub struct Invalidated<'op> {
+    flush: Option<(Arc<dyn Flush>, u64)>,
     _op: PhantomData<fn(&'op ()) -> &'op ()>,
+}
+
+/// What the second pass of an invalidation waits for. There is one for each event and region.
+#[repr(C)]
+struct SecondPass {
+    // This must be the first field: mm has a pointer to it.
+    finish: bindings::mmu_interval_notifier_finish,
+    flush: Arc<dyn Flush>,
+    fence: u64,
 }
 
 /// A part of an address space: an interval notifier, and the entries with their lock.
@@ -107,6 +193,9 @@ pub(crate) struct Region {
     entries: RwSem<Entries>,
     range: PageRange,
     ops: Arc<dyn MirrorOps>,
+    /// The owner of the device's own memory, as mm reports it in `MMU_NOTIFY_MIGRATE` events, or
+    /// null. It is only compared.
+    owner: *mut c_void,
 }
 
 // SAFETY: mmu_interval_notifier_remove() may be called by another task than the one that inserted
@@ -117,9 +206,9 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 static NOTIFIER_OPS: bindings::mmu_interval_notifier_ops = bindings::mmu_interval_notifier_ops {
-    invalidate: Some(Region::invalidate_callback),
-    invalidate_start: None,
-    invalidate_finish: None,
+    invalidate: None,
+    invalidate_start: Some(Region::invalidate_start),
+    invalidate_finish: Some(Region::invalidate_finish),
 };
 
 impl Region {
@@ -131,6 +220,7 @@ impl Region {
         mm: &MmWithUser,
         range: PageRange,
         ops: Arc<dyn MirrorOps>,
+        owner: *mut c_void,
     ) -> Result<Arc<Self>> {
         let mm = mm.as_raw();
         let entries = Entries::new(range)?;
@@ -138,6 +228,7 @@ impl Region {
             entries <- RwSem::new(entries, c"hmm_region", static_lock_class!()),
             range,
             ops,
+            owner,
             // Insert the notifier last: its callback may run at once and uses the other fields.
             //
             // INVARIANT: The notifier is inserted here, or the region is not created. `PinnedDrop`
@@ -239,16 +330,17 @@ impl Region {
         Ok((!stale).then_some(entries))
     }
 
-    /// The `invalidate` callback of the notifier. mm calls it before it changes page tables in the
-    /// range.
+    /// The `invalidate_start` callback of the notifier. mm calls it before it changes page tables
+    /// in the range. It does all that is to be done, but for what it stores in `finish`.
     ///
     /// # Safety
     ///
-    /// `notifier` is the field of a [`Region`], and `event` is valid.
-    pub(crate) unsafe extern "C" fn invalidate_callback(
+    /// `notifier` is the field of a [`Region`], `event` is valid, and `finish` is valid for writes.
+    pub(crate) unsafe extern "C" fn invalidate_start(
         notifier: *mut bindings::mmu_interval_notifier,
         event: *const bindings::mmu_notifier_range,
         cur_seq: usize,
+        finish: *mut *mut bindings::mmu_interval_notifier_finish,
     ) -> bool {
         // SAFETY: `notifier` is the field of a region (see the # Safety section). The region's
         // other fields are initialised, since it inserts the notifier last. The region is alive,
@@ -256,18 +348,14 @@ impl Region {
         let region =
             unsafe { &*kernel::container_of!(Opaque::cast_from(notifier), Region, notifier) };
         // SAFETY: The caller passes a valid `event` (see the # Safety section).
+        let event = unsafe { &*event };
+        // SAFETY: `event` is valid.
         let blockable = unsafe { bindings::mmu_notifier_range_blockable(event) };
-        // SAFETY: The caller passes a valid `event` (see the # Safety section).
-        let (start, end) = unsafe { ((*event).start, (*event).end) };
-        // Do not bump the sequence for our own `MMU_NOTIFY_EXCLUSIVE` event: the retry check after
-        // make_device_exclusive() would always fail. A concurrent report of the page stays correct,
-        // since the page stays where it is.
-        //
-        // SAFETY: The caller passes a valid `event` (see the # Safety section).
-        let is_own_exclusive = unsafe {
-            (*event).event == bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE
-                && core::ptr::eq((*event).owner.cast(), region)
-        };
+        let cause = region.cause(event);
+        // The end of an event may be ULONG_MAX: clamp it to the region before it is rounded up.
+        let start = event.start.max(region.range.start());
+        let end = event.end.min(region.range.end());
+        let range = PageRange::containing(start, end.saturating_sub(start)).ok();
 
         let mut entries = if blockable {
             region.entries.write()
@@ -278,26 +366,84 @@ impl Region {
                 None => return false,
             }
         };
+        if !blockable && region.ops.may_sleep() && range.is_some_and(|range| entries.any(range)) {
+            // The same.
+            return false;
+        }
 
-        if !is_own_exclusive {
+        // Do not bump the sequence for our own `MMU_NOTIFY_EXCLUSIVE` event: the retry check after
+        // make_device_exclusive() would always fail. A concurrent report of the page stays correct,
+        // since the page stays where it is.
+        if cause != Cause::Exclusive || !core::ptr::eq(event.owner.cast(), region) {
             // SAFETY: The notifier is inserted, since this is its callback, and `entries` is locked
             // for write.
             unsafe { bindings::mmu_interval_set_seq(notifier, cur_seq) };
         }
 
-        // The end of an event may be ULONG_MAX: clamp it to the region before it is rounded up.
-        let start = start.max(region.range.start());
-        let end = end.min(region.range.end());
-        if let Ok(range) = PageRange::containing(start, end.saturating_sub(start)) {
-            if entries.erase(range) != 0 {
-                let _callback = Callback::begin();
-                let _ = region.ops.invalidate(Invalidate {
-                    range,
-                    _op: PhantomData,
-                });
+        let Some(range) = range else { return true };
+        if entries.erase(range) == 0 && cause != Cause::Release {
+            return true;
+        }
+        let _callback = Callback::begin();
+        let Invalidated { flush, .. } = region.ops.invalidate(Invalidate {
+            range,
+            cause,
+            _op: PhantomData,
+        });
+        let Some((flush, fence)) = flush else {
+            return true;
+        };
+        match KBox::<SecondPass>::new_uninit(GFP_NOWAIT | __GFP_NOWARN) {
+            Ok(place) => {
+                let second = KBox::write(
+                    place,
+                    SecondPass {
+                        finish: pin_init::zeroed(),
+                        flush,
+                        fence,
+                    },
+                );
+                // SAFETY: `finish` is valid for a write (see the # Safety section).
+                unsafe { *finish = KBox::into_raw(second).cast() };
             }
+            Err(AllocError) => flush.wait(fence),
         }
         true
+    }
+
+    /// The `invalidate_finish` callback of the notifier. mm calls it after all notifiers of the
+    /// range were called, also if one of them has refused the event.
+    ///
+    /// # Safety
+    ///
+    /// `finish` was stored by [`Region::invalidate_start`], and this is called once for it.
+    pub(crate) unsafe extern "C" fn invalidate_finish(
+        finish: *mut bindings::mmu_interval_notifier_finish,
+    ) {
+        // SAFETY: invalidate_start() has stored the pointer of a box, cast to that of its first
+        // field. mm gives it back once (see the # Safety section).
+        let second = unsafe { KBox::from_raw(finish.cast::<SecondPass>()) };
+        let _callback = Callback::begin();
+        second.flush.wait(second.fence);
+    }
+
+    fn cause(&self, event: &bindings::mmu_notifier_range) -> Cause {
+        match event.event {
+            bindings::mmu_notifier_event_MMU_NOTIFY_UNMAP => Cause::Unmap,
+            bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_VMA
+            | bindings::mmu_notifier_event_MMU_NOTIFY_PROTECTION_PAGE
+            | bindings::mmu_notifier_event_MMU_NOTIFY_SOFT_DIRTY => Cause::Protect,
+            bindings::mmu_notifier_event_MMU_NOTIFY_MIGRATE => {
+                match !self.owner.is_null() && event.owner == self.owner {
+                    true => Cause::OwnMigration,
+                    false => Cause::OtherMigration,
+                }
+            }
+            bindings::mmu_notifier_event_MMU_NOTIFY_EXCLUSIVE => Cause::Exclusive,
+            bindings::mmu_notifier_event_MMU_NOTIFY_RELEASE => Cause::Release,
+            // MMU_NOTIFY_CLEAR, and what mm may add.
+            _ => Cause::Clear,
+        }
     }
 }
 

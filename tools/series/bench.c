@@ -2,7 +2,10 @@
 /*
  * What the ioctls of the HMM test driver cost, in instructions per page.
  *
- *   bench NODE
+ *   bench NODE [DUMMY_GPU]
+ *
+ * With a node of the dummy GPU, also what a page fault costs whose commands one task submits and waits for:
+ * serviced by that task, and by a worker, with the wake-ups of both.
  *
  * Runs on a machine whose time stamp counter counts instructions (QEMU: -icount shift=0, one CPU),
  * and fails on any other. Prints a line for each row:
@@ -20,6 +23,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <linux/dummy_gpu.h>
 #include "test_hmm_uapi.h"
 
 #define PAGE		4096UL
@@ -231,10 +235,54 @@ static void bench(bool huge)
 	fflush(stdout);
 }
 
+/* One command for each page, which reads a word of it. */
+static void faults(int gpu, bool by_worker)
+{
+	struct dummy_gpu_command command = { .opcode = DUMMY_GPU_OP_SUM, .length = 8 };
+	struct dummy_gpu_submit submit = {
+		.size = sizeof(submit), .flags = by_worker ? DUMMY_GPU_SUBMIT_ASYNC : 0,
+		.commands = (uintptr_t)&command, .count = 1, .command_size = sizeof(command),
+	};
+	struct dummy_gpu_advise stay = {
+		.size = sizeof(stay), .start = MEMORY, .length = SIZE, .policy = DUMMY_GPU_POLICY_NONE,
+	};
+	/* One in each table of the GPU, or the first fault would map the others too. */
+	const size_t step = 2UL << 20, count = SIZE / step;
+	void *memory = populated(false);
+	uint64_t start, sum, taken = 0;
+	size_t i;
+
+	if (ioctl(gpu, DUMMY_GPU_IOC_ADVISE, &stay))
+		fail("DUMMY_GPU_IOC_ADVISE: %s", strerror(errno));
+	command.dst = (uintptr_t)&sum;
+	for (i = 0; i < count; i++) {
+		struct dummy_gpu_wait wait = { .size = sizeof(wait), .timeout = ~0ULL };
+
+		command.src = MEMORY + i * step;
+		start = now();
+		if (ioctl(gpu, DUMMY_GPU_IOC_SUBMIT, &submit))
+			fail("DUMMY_GPU_IOC_SUBMIT: %s", strerror(errno));
+		wait.sequence = submit.sequence;
+		if (by_worker && ioctl(gpu, DUMMY_GPU_IOC_WAIT, &wait))
+			fail("DUMMY_GPU_IOC_WAIT: %s", strerror(errno));
+		/* The first makes what all of them use. */
+		taken += i ? now() - start : 0;
+		if (sum != i * step / PAGE)
+			fail("the sum of page %zu is %llu", i, (unsigned long long)sum);
+	}
+	printf("figure %.0f fault serviced by %s\n", (double)taken / (count - 1),
+	       by_worker ? "a worker" : "the task");
+	unmap(memory);
+}
+
 int main(int argc, char **argv)
 {
-	if (argc != 2)
-		fail("bench NODE");
+	int gpu = argc == 3 ? open(argv[2], O_RDWR | O_CLOEXEC) : -1;
+
+	if (argc != 2 && argc != 3)
+		fail("bench NODE [DUMMY_GPU]");
+	if (argc == 3 && gpu < 0)
+		fail("%s: %s", argv[2], strerror(errno));
 	node = open(argv[1], O_RDWR | O_CLOEXEC);
 	if (node < 0)
 		fail("%s: %s", argv[1], strerror(errno));
@@ -243,5 +291,9 @@ int main(int argc, char **argv)
 	memset(copied, 0, SIZE);
 	bench(false);
 	bench(true);
+	if (gpu >= 0) {
+		faults(gpu, false);
+		faults(gpu, true);
+	}
 	return 0;
 }

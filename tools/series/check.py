@@ -217,7 +217,8 @@ class Lint:
     def build(self):
         """Everything of ours is compiled anew, or its warnings would not be seen again."""
         k, out = self.k, self.k.dir("lint")
-        k.configure("lint", k.kunitconfig(), HERE + "/um.config", HERE + "/lint.config")
+        fragments = [k.kunitconfig()] + [HERE + "/%s.config" % name for name in ("um", "um-smp", "lint")]
+        k.configure("lint", *fragments)
         c_files = [f for f in self.changes.files(".c")
                    if not f.startswith(("rust/", "tools/", "scripts/")) and f not in X86_ONLY]
         rust = [f for f in self.changes.files(".rs") if not f.startswith(("tools/", "scripts/"))]
@@ -238,7 +239,7 @@ class Lint:
         if os.path.exists(self.log):
             os.unlink(self.log)
         seen = self.make(out, start, sorted(targets))
-        k.configure("lint", k.kunitconfig(), HERE + "/um.config", HERE + "/lint.config", HERE + "/nodevice.config")
+        k.configure("lint", *fragments, HERE + "/nodevice.config")
         seen += self.make(out, start, sorted(t for t in targets if t.endswith("/")))
         # A file that was not compiled was not checked.
         fail_if(["%s: not compiled with these configurations, so not checked" % f

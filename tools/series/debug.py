@@ -26,7 +26,8 @@ REPORT = re.compile(r"BUG:|WARNING:|KASAN:|UBSAN:|DEBUG_LOCKS_WARN_ON|VM_(BUG|WA
 
 def debug_kernel(kernels):
     """KUnit's suites and the driver as a module in one kernel, with all checkers."""
-    return kernels.build(KERNEL, kernels.kunitconfig(), HERE + "/um.config", HERE + "/debug.config")
+    return kernels.build(KERNEL, kernels.kunitconfig(), HERE + "/um.config", HERE + "/um-smp.config",
+                         HERE + "/debug.config")
 
 
 def boot(kernels, program, name, extra, out=None, kernel=KERNEL):

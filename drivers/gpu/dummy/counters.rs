@@ -34,6 +34,14 @@ pub(crate) enum Counter {
     FaultBatches,
     /// Invalidations of ranges in which the GPU could access a page.
     Invalidations,
+    /// Those of them for each cause.
+    Unmaps,
+    Protections,
+    Clears,
+    OwnMigrations,
+    OtherMigrations,
+    Exclusives,
+    Releases,
     /// Pages that invalidations removed from the GPU's page table.
     InvalidatedPages,
     /// Times that a window was faulted again because an invalidation collided with the fault.
@@ -57,13 +65,20 @@ pub(crate) enum Counter {
 pub(crate) const COUNTERS: usize = NAMES.len();
 
 /// The names of the counters, in the order of [`Counter`].
-pub(crate) const NAMES: [&str; 14] = [
+pub(crate) const NAMES: [&str; 21] = [
     "commands",
     "bytes_read",
     "bytes_written",
     "faults",
     "fault_batches",
     "invalidations",
+    "unmaps",
+    "protections",
+    "clears",
+    "own_migrations",
+    "other_migrations",
+    "exclusives",
+    "releases",
     "invalidated_pages",
     "retries",
     "pages_mapped",
@@ -97,7 +112,8 @@ impl Counters {
         self.0[counter as usize].add(count, Relaxed);
     }
 
-    fn get(&self, counter: Counter) -> u64 {
+    /// Reads `counter`.
+    pub(crate) fn get(&self, counter: Counter) -> u64 {
         self.0[counter as usize].load(Relaxed)
     }
 

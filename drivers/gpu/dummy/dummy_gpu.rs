@@ -16,6 +16,8 @@
 //! - `policy`: which ranges of addresses belong in which memory.
 //! - `vram`: the GPU's memory and its copy engine.
 //! - `mmu`: the GPU's page table.
+//! - `tlb`: how long a flush of its TLB takes.
+//! - `power`: whether the GPU has power.
 //! - `counters`: the statistics.
 //!
 //! The driver has no unsafe code. The types of `hmm` do not let it access memory of a process that
@@ -35,8 +37,10 @@ mod gpu;
 mod job;
 mod mmu;
 mod policy;
+mod power;
 mod queue;
 mod svm;
+mod tlb;
 mod uapi;
 #[cfg_attr(not(CONFIG_RUST_HMM_DEVICE), path = "novram.rs")]
 mod vram;
@@ -49,6 +53,7 @@ use kernel::{
     prelude::*,
     sizes::SZ_1M, //
 };
+use tlb::Tlb;
 
 module! {
     type: DummyGpu,
@@ -60,8 +65,19 @@ module! {
             default: 64,
             description: "Memory of each instance in MiB, up to 1024, or 0 for none (default 64)",
         },
+        devices: u32 {
+            default: 2,
+            description: "Number of instances, from 2 to 4 (default 2)",
+        },
+        flush_us: u32 {
+            default: 0,
+            description: "Time of a TLB flush in microseconds, up to 1000000 (default 0)",
+        },
     },
 }
+
+/// The names of the instances after the first two.
+const OTHERS: [&CStr; 2] = [c"dummy_gpu2", c"dummy_gpu3"];
 
 #[pin_data]
 struct DummyGpu {
@@ -71,6 +87,7 @@ struct DummyGpu {
     _gpu0: Instance,
     #[pin]
     _gpu1: Instance,
+    _others: KVec<Pin<KBox<Instance>>>,
 }
 
 impl kernel::InPlaceModule for DummyGpu {
@@ -82,12 +99,24 @@ impl kernel::InPlaceModule for DummyGpu {
             } else {
                 0
             };
-            let gpu0 = Gpu::new(c"dummy_gpu0", &root, vram_size)?;
-            let gpu1 = Gpu::new(c"dummy_gpu1", &root, vram_size)?;
+            let flush_us = module_parameters::flush_us.value();
+            let gpu = |name| Gpu::new(name, &root, vram_size, Tlb::new(flush_us)?);
+            let gpu0 = gpu(c"dummy_gpu0")?;
+            let gpu1 = gpu(c"dummy_gpu1")?;
+            let others = (module_parameters::devices.value() as usize)
+                .checked_sub(2)
+                .and_then(|count| OTHERS.get(..count))
+                .ok_or(EINVAL)?;
+            let mut instances = KVec::new();
+            for name in others {
+                let instance = KBox::pin_init(Instance::new(name, gpu(name)?), GFP_KERNEL)?;
+                instances.push(instance, GFP_KERNEL)?;
+            }
 
             Ok(try_pin_init!(Self {
                 _gpu0 <- Instance::new(c"dummy_gpu0", gpu0.clone()),
                 _gpu1 <- Instance::new(c"dummy_gpu1", gpu1.clone()),
+                _others: instances,
                 _dmirror <- dmirror::Nodes::new(gpu0, gpu1),
             }? Error))
         })

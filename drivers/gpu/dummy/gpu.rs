@@ -8,16 +8,19 @@
 
 use super::{
     counters::{
+        Counter,
         Counters,
         FileStats, //
     },
     debugfs::InstanceDir,
     policy::Policy,
+    power::Power,
     queue::{
         FileQueue,
         Workers, //
     },
     svm::Svm,
+    tlb::Tlb,
     uapi::{
         self,
         Client, //
@@ -35,12 +38,20 @@ use kernel::{
     },
     mm::Mm,
     new_mutex,
+    pm::{
+        SleepNotifier,
+        SleepOps, //
+    },
     prelude::*,
     sync::{
         aref::ARef,
         poll::PollTable,
         Arc,
         Mutex, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
 
@@ -50,11 +61,13 @@ pub(crate) struct Gpu {
     counters: Arc<Counters>,
     dir: InstanceDir,
     vram: Option<Arc<Vram>>,
+    tlb: Option<Arc<Tlb>>,
+    power: Arc<Power>,
 }
 
 impl Gpu {
-    /// Creates a GPU with `vram_size` bytes of memory, and a directory for it in the debugfs
-    /// directory `root`.
+    /// Creates a GPU with `vram_size` bytes of memory and with `tlb`, and a directory for it in the
+    /// debugfs directory `root`.
     ///
     /// # Errors
     ///
@@ -63,6 +76,7 @@ impl Gpu {
         name: &'static CStr,
         root: &debugfs::Dir,
         vram_size: usize,
+        tlb: Option<Tlb>,
     ) -> Result<Arc<Self>> {
         let vram = match vram_size {
             0 => None,
@@ -73,16 +87,59 @@ impl Gpu {
             counters: Arc::new(Counters::new(), GFP_KERNEL)?,
             dir: InstanceDir::new(root, name),
             vram,
+            tlb: tlb.map(|tlb| Arc::new(tlb, GFP_KERNEL)).transpose()?,
+            power: Power::new()?,
         };
 
         Ok(Arc::new(gpu, GFP_KERNEL)?)
+    }
+
+    /// Evicts all pages to system memory, where they keep their contents while the GPU has no
+    /// power. What began while it had power may still migrate pages there, so this tries again.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Vram::evict`].
+    fn empty_vram(&self) -> Result {
+        let Some(vram) = &self.vram else {
+            return Ok(());
+        };
+        let mut result = Err(EBUSY);
+
+        for _ in 0..Self::EVICTIONS {
+            result = vram.evict();
+            match result {
+                Ok(()) if self.counters.get(Counter::DevicePages) == 0 => return Ok(()),
+                Ok(()) => result = Err(EBUSY),
+                Err(err) if err == EBUSY => (),
+                Err(err) => return Err(err),
+            }
+            fsleep(Delta::from_millis(10));
+        }
+        result
+    }
+
+    /// How often eviction is tried before the system sleeps.
+    const EVICTIONS: u32 = 100;
+}
+
+impl SleepOps for Gpu {
+    fn prepare(&self) -> Result {
+        self.power.set_off(true);
+        self.empty_vram().inspect_err(|_| self.power.set_off(false))
+    }
+
+    fn awake(&self) {
+        self.power.set_off(false);
     }
 }
 
 /// An instance of the device.
 #[pin_data]
 pub(crate) struct Instance {
-    // Dropped first, so that no file can be opened any more.
+    #[pin]
+    _sleep: SleepNotifier<Gpu>,
+    // Dropped before what follows, so that no file can be opened any more.
     #[pin]
     _node: MiscDeviceRegistration<OpenFile>,
     #[pin]
@@ -101,6 +158,7 @@ impl Instance {
             let device = faux::Registration::new(name, None)?;
 
             Ok(try_pin_init!(Self {
+                _sleep <- SleepNotifier::register(gpu.clone()),
                 _stats <- gpu.dir.instance(gpu.counters.clone()),
                 _node <- MiscDeviceRegistration::register(MiscDeviceOptions { name }, gpu.clone()),
                 _device: device,
@@ -175,7 +233,13 @@ impl OpenFile {
         if !core::ptr::eq::<Mm>(&**mm, &*self.mm) {
             return Err(EPERM);
         }
-        let new = match Svm::new(self.stats.clone(), self.gpu.vram.clone(), self.policy) {
+        let new = match Svm::new(
+            self.stats.clone(),
+            self.gpu.vram.clone(),
+            self.gpu.tlb.clone(),
+            self.gpu.power.clone(),
+            self.policy,
+        ) {
             // Nothing was done yet: let the task handle the signal and start the ioctl again.
             Err(EINTR) => return Err(ERESTARTNOINTR),
             result => result?,

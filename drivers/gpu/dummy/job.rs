@@ -137,6 +137,7 @@ pub(crate) fn drive(
     let mut retry_limit = RetryLimit::new(Instant::now());
 
     loop {
+        svm.wait_for_power().map_err(|err| (err, None))?;
         let (stop, steps) = run_slice().map_err(|err| (err, None))?;
         match stop {
             Stop::Done => return Ok(()),

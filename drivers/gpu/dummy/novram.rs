@@ -59,6 +59,10 @@ impl Vram {
         match *self {}
     }
 
+    pub(crate) fn evict(&self) -> Result {
+        match *self {}
+    }
+
     pub(crate) fn fault_limit(&self, _range: PageRange) -> Result<PageRange> {
         match *self {}
     }

@@ -33,6 +33,8 @@ use super::{
         Policies,
         Policy, //
     },
+    power::Power,
+    tlb::Tlb,
     vram::{
         Holes,
         MoveBuf,
@@ -41,6 +43,7 @@ use super::{
 };
 use hmm::{
     Access,
+    Cause,
     Commit,
     DevicePage,
     Entry,
@@ -80,6 +83,7 @@ static_assert!(TABLE_ORDER <= FaultBuf::MAX_ORDER);
 struct Translations {
     #[pin]
     mmu: SpinLock<Mmu>,
+    tlb: Option<Arc<Tlb>>,
     stats: TableStats,
 }
 
@@ -143,14 +147,39 @@ impl Translations {
 
 impl MirrorOps for Translations {
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op> {
+        let cause = event.cause();
         let mut mmu = self.mmu.lock();
         let pages = mmu.unmap(event.range());
         self.stats.0.sub(Counter::PagesMapped, pages);
         drop(mmu);
 
-        self.stats.0.add(Counter::Invalidations, 1);
-        self.stats.0.add(Counter::InvalidatedPages, pages);
-        event.done()
+        // The core tells of the end of the process even if the GPU had no page.
+        if pages > 0 || cause != Cause::Release {
+            self.stats.0.add(Counter::Invalidations, 1);
+            self.stats.0.add(counter(cause), 1);
+            self.stats.0.add(Counter::InvalidatedPages, pages);
+        }
+        match &self.tlb {
+            Some(tlb) if pages > 0 => event.flushing(tlb.clone(), tlb.start_flush()),
+            _ => event.done(),
+        }
+    }
+
+    fn may_sleep(&self) -> bool {
+        self.tlb.is_some()
+    }
+}
+
+/// The counter of the invalidations with `cause`.
+fn counter(cause: Cause) -> Counter {
+    match cause {
+        Cause::Unmap => Counter::Unmaps,
+        Cause::Protect => Counter::Protections,
+        Cause::Clear => Counter::Clears,
+        Cause::OwnMigration => Counter::OwnMigrations,
+        Cause::OtherMigration => Counter::OtherMigrations,
+        Cause::Exclusive => Counter::Exclusives,
+        Cause::Release => Counter::Releases,
     }
 }
 
@@ -179,6 +208,7 @@ pub(crate) struct Svm {
     mirror: Mirror,
     translations: Arc<Translations>,
     vram: Option<Arc<Vram>>,
+    power: Arc<Power>,
     #[pin]
     policies: Mutex<Policies>,
 }
@@ -193,11 +223,14 @@ impl Svm {
     pub(crate) fn new(
         stats: Arc<FileStats>,
         vram: Option<Arc<Vram>>,
+        tlb: Option<Arc<Tlb>>,
+        power: Arc<Power>,
         policy: Policy,
     ) -> Result<Arc<Self>> {
         let translations = Arc::pin_init(
             pin_init!(Translations {
                 mmu <- new_spinlock!(Mmu::new(), "dummy_gpu::mmu"),
+                tlb,
                 stats: TableStats(stats),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -214,6 +247,7 @@ impl Svm {
                 mirror,
                 translations,
                 vram,
+                power,
                 policies <- new_mutex!(policies, "dummy_gpu::policies"),
             }),
             GFP_KERNEL_ACCOUNT,
@@ -228,6 +262,15 @@ impl Svm {
     /// The end of the user part of the address space.
     pub(crate) fn end(&self) -> usize {
         self.mirror.task_size()
+    }
+
+    /// Waits until the GPU has power.
+    ///
+    /// # Errors
+    ///
+    /// [`EINTR`] on a fatal signal.
+    pub(crate) fn wait_for_power(&self) -> Result {
+        self.power.wait()
     }
 
     /// The statistics of the file that this address space belongs to.
@@ -276,6 +319,7 @@ impl Svm {
         while let Ok(rest) = PageRange::new(range.start() + so_far.done, range.end()) {
             let moved = match location {
                 _ if current!().signal_pending() => Err(EINTR),
+                _ if self.power.wait().is_err() => Err(EINTR),
                 Location::Device => {
                     vram.migrate_in(&mm, rest, Holes::Populate, &mut buf, self.stats())
                 }
@@ -359,6 +403,7 @@ impl Svm {
     /// - [`EBUSY`] if invalidations kept colliding.
     /// - [`ENOMEM`].
     pub(crate) fn service(&self, fault: Fault, bufs: &mut FaultBuffers) -> Result<usize> {
+        self.power.wait()?;
         let mm = self.mirror.mm()?;
         let stats = self.stats();
         stats.add(Counter::Faults, 1);

@@ -277,6 +277,15 @@ struct dummy_gpu_wait {
  *                 one for each fault that was serviced successfully
  * @invalidations: Output: invalidations by the kernel of ranges that had a page
  *                 that the device could access
+ * @unmaps: Output: invalidations because addresses were unmapped or moved
+ * @protections: Output: invalidations because the access to pages changed
+ * @clears: Output: invalidations because pages were replaced or taken away
+ * @own_migrations: Output: invalidations because of migrations to or from the
+ *                  device's own memory
+ * @other_migrations: Output: the same, for the memory of another device
+ * @exclusives: Output: invalidations because a page was made exclusive to this
+ *              device or another one
+ * @releases: Output: invalidations because the address space was torn down
  * @invalidated_pages: Output: pages that invalidations removed from the
  *                     device's page table
  * @retries: Output: times that a range was faulted again because an
@@ -308,6 +317,13 @@ struct dummy_gpu_stats {
 	__u64 faults;
 	__u64 fault_batches;
 	__u64 invalidations;
+	__u64 unmaps;
+	__u64 protections;
+	__u64 clears;
+	__u64 own_migrations;
+	__u64 other_migrations;
+	__u64 exclusives;
+	__u64 releases;
 	__u64 invalidated_pages;
 	__u64 retries;
 	__u64 pages_mapped;

@@ -9,7 +9,10 @@ use super::{
         mirror::Mirror,
         pfn::Access,
         range::PageRange,
-        region::REGION_ORDER, //
+        region::{
+            Cause,
+            REGION_ORDER, //
+        }, //
     },
     map_aligned,
     page,
@@ -92,6 +95,7 @@ mod tests {
             assert_eq!(make_exclusive(&mirror, warm)?, 0);
             assert_eq!(ops.count(), before + 1);
             assert!(ops.last() == Some(warm));
+            assert_eq!(ops.cause(), Some(Cause::Exclusive));
             Ok(())
         })
     }

@@ -33,6 +33,7 @@ use super::{
             RawData, //
         },
         range::PageRange,
+        region::Cause,
         slots::Node, //
     },
     device::{
@@ -83,14 +84,17 @@ struct Setup {
     device: Arc<TestDevice<u64>>,
     pool: DevicePool<TestDevice<u64>>,
     mirror: Mirror,
+    ops: Arc<Recorder>,
     buf: MigrateBuf,
 }
 
 impl Setup {
     fn new() -> Result<Self> {
         let (device, pool) = TestDevice::new(1)?;
+        let ops = Recorder::new()?;
         Ok(Self {
-            mirror: Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?,
+            mirror: Mirror::new_with_pool(&MODULE, ops.clone(), &pool)?,
+            ops,
             buf: MigrateBuf::new(ORDER)?,
             device,
             pool,
@@ -393,6 +397,7 @@ mod tests {
                 pool,
                 mirror,
                 mut buf,
+                ..
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             mirror
@@ -827,6 +832,7 @@ mod tests {
                 pool,
                 mirror,
                 mut buf,
+                ..
             } = Setup::new()?;
             let window = map_window(mm, Some(1))?;
             mirror
@@ -943,6 +949,26 @@ mod tests {
             assert_eq!(setup.used(), 0);
             let read = PageRange::from_len(mm.mmap_anonymous(len, Prot::Read)?, len)?;
             assert!(setup.migrate_in(read)? > 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_driver_is_told_whose_memory_pages_migrate_to() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let others = Recorder::new()?;
+            let other = Mirror::new(&MODULE, others.clone())?;
+            fault(&setup.mirror, window, Access::Read)?;
+            fault(&other, window, Access::Read)?;
+            assert_eq!(setup.migrate_in(window)?, WINDOW);
+            assert_eq!(setup.ops.cause(), Some(Cause::OwnMigration));
+            assert_eq!(others.cause(), Some(Cause::OtherMigration));
+
+            fault(&setup.mirror, window, Access::Read)?;
+            assert_eq!(setup.migrate_out(window)?, WINDOW);
+            assert_eq!(setup.ops.cause(), Some(Cause::OwnMigration));
             Ok(())
         })
     }

@@ -217,8 +217,9 @@ mod tests {
             };
             // SAFETY: The notifier is the region's, the event is valid, and the sequence is odd, as
             // in an invalidation.
-            let invalidate =
-                || unsafe { Region::invalidate_callback(region.notifier(), &event, 1) };
+            let invalidate = || unsafe {
+                Region::invalidate_start(region.notifier(), &event, 1, &mut core::ptr::null_mut())
+            };
 
             // SAFETY: The notifier is the region's, and nobody writes it concurrently.
             let sequence = || unsafe { (*region.notifier()).invalidate_seq };

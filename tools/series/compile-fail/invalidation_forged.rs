@@ -12,6 +12,9 @@ pub struct Ops;
 
 impl MirrorOps for Ops {
     fn invalidate<'op>(&self, _event: Invalidate<'op>) -> Invalidated<'op> {
-        Invalidated { _op: PhantomData }
+        Invalidated {
+            flush: None,
+            _op: PhantomData,
+        }
     }
 }

@@ -602,4 +602,87 @@ TEST_F(async, another_process_cannot_wait)
 	EXPECT_EQ(0, finish(self->fd, sequence));
 }
 
+/* A wait that the sleep of the system interrupts. */
+struct sleeper {
+	int fd;
+	uint64_t sequence;
+	int err;
+};
+
+static void *sleep_thread(void *arg)
+{
+	struct sleeper *sleeper = arg;
+
+	sleeper->err = finish(sleeper->fd, sleeper->sequence);
+	return NULL;
+}
+
+/*
+ * The system goes to sleep until all tasks are frozen, and wakes up again. (The
+ * device has no part in what follows; not every device of an emulator survives
+ * it.) A file with work in flight does not keep the system awake: not the work,
+ * nor a task that waits for it, nor a worker that waits for a userfaultfd.
+ * Nothing stays on the device, and all goes on afterwards.
+ */
+TEST_F(async, work_goes_on_after_the_system_has_slept)
+{
+	const size_t length = 8 << 20;
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	int stuck = gpu_open(GPU_DEVICE), tests;
+	struct sleeper sleeper = { .fd = self->fd };
+	uint64_t sequence[DEPTH], start;
+	struct dummy_gpu_stats before, after;
+	struct parking parking;
+	pthread_t thread;
+	pid_t pid;
+
+	tests = open("/sys/power/pm_test", O_RDWR | O_CLOEXEC);
+	if (tests < 0)
+		SKIP(return, "no pm_test: %s", strerror(errno));
+	ASSERT_NE(MAP_FAILED, p);
+	ASSERT_LE(0, stuck);
+	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 1, length)));
+	for (int i = 0; i < DEPTH; i++)
+		ASSERT_EQ(0, submit(self->fd, gpu_fill(p, i, length), &sequence[i]));
+	sleeper.sequence = sequence[DEPTH - 1];
+	ASSERT_EQ(0, pthread_create(&thread, NULL, sleep_thread, &sleeper));
+	ASSERT_EQ(0, park(stuck, &parking, self->result));
+	ASSERT_EQ(0, parked(&parking));
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		int fd = gpu_open(GPU_DEVICE), err = fd < 0;
+
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		for (int i = 0; i < 20 && !err; i++)
+			err = run(fd, gpu_fill(p, i, length)) || cpu_load(p) != i;
+		_exit(err);
+	}
+	before = stats_of(_metadata, self->fd);
+
+	write_to("/sys/module/suspend/parameters/pm_test_delay", "1");
+	ASSERT_LT(0, write(tests, "freezer", 7));
+	start = microseconds();
+	EXPECT_TRUE(write_to("/sys/power/state", "freeze") || write_to("/sys/power/state", "mem"))
+		TH_LOG("%s", strerror(errno));
+	EXPECT_LE(1000 * 1000, microseconds() - start);
+	ASSERT_LT(0, write(tests, "none", 4));
+	close(tests);
+
+	after = stats_of(_metadata, self->fd);
+	if (before.device_pages)
+		EXPECT_LT(before.pages_evicted, after.pages_evicted);
+	ASSERT_EQ(0, pthread_join(thread, NULL));
+	EXPECT_EQ(0, sleeper.err);
+	for (int i = 0; i < DEPTH - 1; i++)
+		EXPECT_EQ(0, finish(self->fd, sequence[i]));
+	EXPECT_EQ(length, cpu_unlike(p, DEPTH - 1, length));
+	EXPECT_EQ(0, wait_child(pid, 20));
+	ASSERT_EQ(0, let_go(&parking));
+	EXPECT_EQ(0, finish(stuck, parking.sequence));
+	end_parking(&parking);
+	close(stuck);
+	munmap(p, length);
+}
+
 TEST_HARNESS_MAIN

@@ -119,15 +119,21 @@ static int module_remove(void)
 	return syscall(__NR_delete_module, "dummy_gpu", O_NONBLOCK) ? -errno : 0;
 }
 
-static int module_insert(const char *path, size_t size)
+static int module_insert_with(const char *path, const char *options)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC), err;
-	char options[30];
 
-	snprintf(options, sizeof(options), "vram_mb=%zu", size >> 20);
 	err = syscall(__NR_finit_module, fd, options, 0) ? -errno : 0;
 	close(fd);
 	return err;
+}
+
+static int module_insert(const char *path, size_t size)
+{
+	char options[30];
+
+	snprintf(options, sizeof(options), "vram_mb=%zu", size >> 20);
+	return module_insert_with(path, options);
 }
 
 FIXTURE_SETUP(life)
@@ -1794,25 +1800,36 @@ static void *look_thread(void *arg)
 	return NULL;
 }
 
+/* Removes the module until the teardown. Returns its file, or skips the test. */
+static const char *module_begin(struct __test_metadata *_metadata, LIFE *self)
+{
+	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
+	int err;
+
+	if (access(path, R_OK))
+		SKIP(return NULL, "no %s: DUMMY_GPU_KO=path says where the module is", path);
+	close(self->fd);
+	self->fd = -1;
+	err = module_remove();
+	if (err)
+		SKIP(return NULL, "the module cannot be removed: %s", strerror(-err));
+	self->module = path;
+	self->pages = 0;
+	return path;
+}
+
 /*
  * The module is removed while processes have pages on the device, which is
  * small here.
  */
 TEST_F_SETS(module_removed)
 {
-	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
 	const size_t size = 4UL << 20;
+	const char *path = module_begin(_metadata, self);
 	int err;
 
-	if (access(path, R_OK))
-		SKIP(return, "no %s: DUMMY_GPU_KO=path says where the module is", path);
-	close(self->fd);
-	self->fd = -1;
-	err = module_remove();
-	if (err)
-		SKIP(return, "the module cannot be removed: %s", strerror(-err));
-	self->module = path;
-	self->pages = 0;
+	if (!path)
+		return;
 	ASSERT_EQ(0, module_insert(path, size));
 	for (int round = 0; round < ROUNDS; round++) {
 		uint8_t *p = map_random(-1, self->expect, self->length, round);
@@ -1953,6 +1970,215 @@ TEST_F_SETS(module_removed_with_statistics_open)
 		ASSERT_EQ(0, module_insert(path, self->size));
 		if (round)
 			EXPECT_EQ(0, close(half_read));
+	}
+}
+
+/* The sum of the invalidations for each cause. */
+static uint64_t causes(const struct dummy_gpu_stats *stats)
+{
+	return stats->unmaps + stats->protections + stats->clears + stats->own_migrations +
+	       stats->other_migrations + stats->exclusives + stats->releases;
+}
+
+static uint64_t counter_at(const struct dummy_gpu_stats *stats, size_t offset)
+{
+	return *(const uint64_t *)((const char *)stats + offset);
+}
+
+/*
+ * Expects that the counter at this offset has grown since the last call, and
+ * that all invalidations have a cause.
+ */
+static void expect_cause(struct __test_metadata *_metadata, LIFE *self,
+			 struct dummy_gpu_stats *last, size_t offset)
+{
+	struct dummy_gpu_stats now = stats_of(_metadata, self->fd);
+
+	EXPECT_LT(counter_at(last, offset), counter_at(&now, offset))
+		TH_LOG("offset %zu", offset);
+	EXPECT_EQ(now.invalidations, causes(&now));
+	*last = now;
+}
+
+#define CAUSE(name)	expect_cause(_metadata, self, &last, offsetof(struct dummy_gpu_stats, name))
+
+TEST_F(life, invalidations_have_a_cause)
+{
+	uint8_t *p = map_random(-1, self->expect, self->length, 1);
+	struct dummy_gpu_stats last = stats_of(_metadata, self->fd);
+	int64_t releases = instance_counter(0, "releases");
+	int other = gpu_open(GPU_DEVICE_2);
+	pid_t pid;
+
+	ASSERT_NE(NULL, p);
+	ASSERT_LE(0, other);
+	/* The first access makes entries, and the migration invalidates them. */
+	ASSERT_EQ(0, gpu_advise(self->fd, p, self->length, DUMMY_GPU_POLICY_NONE));
+	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
+	ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+	CAUSE(own_migrations);
+	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
+	EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
+	CAUSE(own_migrations);
+	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
+	ASSERT_EQ(PAGES, prefetch_all(other, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+	CAUSE(other_migrations);
+	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 1, self->length)));
+	ASSERT_EQ(0, mprotect(p, self->length, PROT_READ));
+	CAUSE(protections);
+	ASSERT_EQ(0, run(self->fd, gpu_unary(DUMMY_GPU_OP_CRC32, self->result, p, self->length)));
+	ASSERT_EQ(0, madvise(p, self->length, MADV_DONTNEED));
+	CAUSE(clears);
+	ASSERT_EQ(0, run(self->fd, gpu_unary(DUMMY_GPU_OP_CRC32, self->result, p, self->length)));
+	ASSERT_EQ(0, munmap(p, self->length));
+	CAUSE(unmaps);
+
+	pid = fork();
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(run(gpu_open(GPU_DEVICE), gpu_fill(self->copy, 1, self->length)) ? 1 : 0);
+	EXPECT_EQ(0, wait_child(pid, 20));
+	if (releases >= 0)
+		EXPECT_LT(releases, instance_counter(0, "releases"));
+	close(other);
+}
+
+/* Memory that four devices use, and never migrates: its address. */
+static uint8_t *map_for_four(const int fd[4])
+{
+	uint8_t *p = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	for (int i = 0; i < 4 && p != MAP_FAILED; i++) {
+		if (run(fd[i], gpu_fill(p, i, page)))
+			return MAP_FAILED;
+	}
+	return p;
+}
+
+/*
+ * All devices start to flush their TLBs, and then mm waits for all of them. If
+ * there is no memory for that, it waits for each in turn.
+ */
+TEST_F_SETS(four_devices_flush_at_the_same_time)
+{
+	const unsigned int flush = 100 * 1000;
+	const char *path = module_begin(_metadata, self);
+	uint64_t start, longest = 0;
+	char device[20];
+	uint8_t *p;
+	int fd[4];
+
+	if (!path)
+		return;
+	EXPECT_EQ(-EINVAL, module_insert_with(path, "devices=5"));
+	EXPECT_EQ(-EINVAL, module_insert_with(path, "devices=1"));
+	EXPECT_EQ(-EINVAL, module_insert_with(path, "flush_us=1000001"));
+	ASSERT_EQ(0, module_insert_with(path, "vram_mb=4 devices=4 flush_us=100000"));
+	fd[0] = open_new();
+	ASSERT_LE(0, fd[0]);
+	for (int i = 1; i < 4; i++) {
+		snprintf(device, sizeof(device), "/dev/dummy_gpu%d", i);
+		fd[i] = gpu_open(device);
+		ASSERT_LE(0, fd[i]);
+	}
+	p = map_for_four(fd);
+	ASSERT_NE(MAP_FAILED, p);
+	start = microseconds();
+	ASSERT_EQ(0, munmap(p, page));
+	EXPECT_LE(flush, microseconds() - start);
+	EXPECT_GT(2 * flush, microseconds() - start);
+	for (int i = 0; i < 4; i++)
+		EXPECT_EQ(-EFAULT, run(fd[i], gpu_fill(p, 0, page)));
+
+	/* Nothing to flush, no time. */
+	p = map_for_four(fd);
+	ASSERT_NE(MAP_FAILED, p);
+	ASSERT_EQ(0, madvise(p, page, MADV_DONTNEED));
+	start = microseconds();
+	ASSERT_EQ(0, munmap(p, page));
+	EXPECT_GT(flush, microseconds() - start);
+
+	if (!access("/proc/self/fail-nth", W_OK)) {
+		/* Until one device, at least, has waited by itself. */
+		for (int nth = 1; nth < 20 && longest < 2 * flush; nth++) {
+			int fail = open("/proc/self/fail-nth", O_RDWR), err;
+			char number[10] = "";
+
+			p = map_for_four(fd);
+			ASSERT_NE(MAP_FAILED, p);
+			snprintf(number, sizeof(number), "%d", nth);
+			start = microseconds();
+			ASSERT_LT(0, write(fail, number, strlen(number)));
+			err = munmap(p, page);
+			ASSERT_LT(0, pread(fail, number, sizeof(number), 0));
+			ASSERT_EQ(1, write(fail, "0", 1));
+			close(fail);
+			EXPECT_EQ(0, err);
+			start = microseconds() - start;
+			EXPECT_LE(flush, start);
+			longest = start > longest ? start : longest;
+		}
+		EXPECT_LE(2 * flush, longest);
+	}
+	for (int i = 0; i < 4; i++)
+		close(fd[i]);
+}
+
+/* Ends when it is told to, with memory that the device can access. */
+static int reaped_child(struct other *other, size_t length)
+{
+	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	int fd = gpu_open(GPU_DEVICE);
+	int err = fd < 0 || run(fd, gpu_fill(p, 1, length)) || tell(other) || hear(other);
+
+	return err;
+}
+
+/*
+ * process_mrelease() and the OOM reaper must not wait for a device. They leave
+ * its memory alone, and it is freed when the process has ended.
+ */
+TEST_F_SETS(memory_that_a_device_must_flush_is_not_reaped)
+{
+	static const char *const options[] = { "vram_mb=4", "vram_mb=4 flush_us=1000" };
+	const char *path = module_begin(_metadata, self);
+
+	if (!path)
+		return;
+	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
+		struct other other;
+		int fd, pidfd, err, status;
+		int64_t mapped;
+		pid_t pid;
+
+		if (i)
+			ASSERT_EQ(0, module_remove());
+		ASSERT_EQ(0, module_insert_with(path, options[i]));
+		fd = open_new();
+		ASSERT_LE(0, fd);
+		pid = spawn(&other);
+		ASSERT_LE(0, pid);
+		if (!pid)
+			_exit(reaped_child(&other, self->length));
+		ASSERT_EQ(0, hear(&other));
+		mapped = instance_counter(0, "pages_mapped");
+		/* It stops on its way out, with its memory. */
+		ASSERT_EQ(0, ptrace(PTRACE_SEIZE, pid, 0, PTRACE_O_TRACEEXIT));
+		ASSERT_EQ(0, tell(&other));
+		ASSERT_EQ(pid, waitpid(pid, &status, 0));
+		ASSERT_EQ(SIGTRAP | PTRACE_EVENT_EXIT << 8, status >> 8);
+		pidfd = syscall(__NR_pidfd_open, pid, 0);
+		ASSERT_LE(0, pidfd);
+		err = syscall(__NR_process_mrelease, pidfd, 0) ? -errno : 0;
+		EXPECT_EQ(i ? -EAGAIN : 0, err);
+		if (mapped >= 0)
+			EXPECT_EQ(i ? mapped : 0, instance_counter(0, "pages_mapped"));
+		ASSERT_EQ(0, ptrace(PTRACE_DETACH, pid, 0, 0));
+		EXPECT_EQ(0, ended(&other));
+		if (mapped >= 0)
+			EXPECT_TRUE(instance_counter_becomes(0, "pages_mapped", 0));
+		close(pidfd);
+		close(fd);
 	}
 }
 
