@@ -28,6 +28,7 @@ use kernel::{
         Mm,
         MmWithUser, //
     },
+    new_spinlock,
     page::{
         PAGE_MASK,
         PAGE_SHIFT,
@@ -36,8 +37,8 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
-        atomic::Atomic,
-        Arc, //
+        Arc,
+        SpinLock, //
     },
     workqueue::{
         self,
@@ -91,8 +92,10 @@ struct Inner {
     #[pin]
     regions: MapleTree<Arc<Region>>,
     mm: ARef<Mm>,
-    /// How many references to `mm_users` this mirror has given out.
-    users: Atomic<i32>,
+    /// How many references to `mm_users` this mirror has given out. Locked while one is taken or
+    /// given back, so that the two numbers can be compared.
+    #[pin]
+    users: SpinLock<i32>,
     ops: Arc<dyn MirrorOps>,
     /// The memory of the device, if it has any.
     pool: Option<Arc<Pool>>,
@@ -176,7 +179,7 @@ impl Mirror {
         let init = try_pin_init!(Inner {
             regions <- MapleTree::new(),
             mm: ARef::from(&**mm),
-            users: Atomic::new(0),
+            users <- new_spinlock!(0, "hmm_mirror::users"),
             ops,
             pool,
             work <- new_work!("hmm_mirror"),
@@ -290,7 +293,7 @@ impl Mirror {
         &self.inner.mm
     }
 
-    pub(crate) fn users(&self) -> &Atomic<i32> {
+    pub(crate) fn users(&self) -> &SpinLock<i32> {
         &self.inner.users
     }
 

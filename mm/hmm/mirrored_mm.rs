@@ -3,9 +3,9 @@
 //! The mirrored address space in use: what a task holds while it faults and migrates pages of it.
 //!
 //! A GPU reports a page fault by an interrupt, and often no task of the process waits for it. So
-//! any task may act for the process, a work item above all. It does what mm does for a remote
-//! access, such as `access_remote_vm()`: it takes a reference to `mm_users`, so that the address
-//! space stays, and it charges memory to the process, not to itself.
+//! any task may act for the process, a work item above all. It takes a reference to `mm_users`, so
+//! that the address space stays, as mm does for a remote access such as `access_remote_vm()`. And it
+//! charges memory to the process, not to itself.
 
 use super::{
     callback::Callback,
@@ -19,10 +19,7 @@ use kernel::{
         MmWithUserAsync, //
     },
     prelude::*,
-    sync::{
-        aref::ARef,
-        atomic::Relaxed, //
-    },
+    sync::aref::ARef,
     types::NotThreadSafe, //
 };
 
@@ -67,8 +64,10 @@ impl Mirror {
     #[export_name = "rust_hmm_mirror_mm"]
     pub fn mm(&self) -> Result<MirroredMm<'_>> {
         Callback::refuse()?;
+        let mut users = self.users().lock();
         let mm = self.raw_mm().mmget_not_zero().ok_or(ESRCH)?;
-        self.users().fetch_add(1, Relaxed);
+        *users += 1;
+        drop(users);
         let this = MirroredMm {
             mirror: self,
             mm: ManuallyDrop::new(MmWithUser::into_mmput_async(mm)),
@@ -98,8 +97,10 @@ impl Drop for MirroredMm<'_> {
 #[inline(never)]
 #[export_name = "rust_hmm_mm_drop"]
 unsafe fn mirrored_mm_drop(this: &mut MirroredMm<'_>) {
-    // Before the reference, or `is_abandoned()` would count a user that is not there.
-    this.mirror.users().fetch_sub(1, Relaxed);
+    let mut users = this.mirror.users().lock();
+    *users -= 1;
+    // This does not sleep.
+    //
     // SAFETY: The caller calls this once and does not use `this` afterwards (see the # Safety
     // section).
     unsafe { ManuallyDrop::drop(&mut this.mm) };
@@ -123,11 +124,12 @@ impl<'a> MirroredMm<'a> {
     /// Whether nobody uses the address space any more but those who hold a [`MirroredMm`] of this
     /// mirror. Work for it is of no use then.
     pub(crate) fn is_abandoned(&self) -> bool {
+        let ours = self.mirror.users().lock();
         // SAFETY: `mm` holds a reference to the mm. `mm_users` is only accessed atomically.
         let users = unsafe {
             bindings::atomic_read(&raw const (*self.mm.as_raw()).__bindgen_anon_1.mm_users)
         };
-        users <= self.mirror.users().load(Relaxed)
+        users <= *ours
     }
 
     /// Calls `f` and returns what it returns. What `f` allocates with `__GFP_ACCOUNT`, a page table

@@ -22,14 +22,15 @@ use super::{
 };
 use core::marker::PhantomData;
 use kernel::{
-    alloc::AllocError,
     bindings,
     error::to_result,
     mm::MmWithUser,
+    new_spinlock,
     prelude::*,
     sync::{
         static_lock_class,
-        Arc, //
+        Arc,
+        SpinLock, //
     },
     types::Opaque, //
 };
@@ -73,7 +74,7 @@ pub trait MirrorOps: Send + Sync {
     /// If so, the core refuses events that must not block, before anything has changed, when it
     /// would have to call the driver. Such events come from the OOM reaper and from
     /// `process_mrelease()`, which leave the range alone then. So the memory of a process that is
-    /// killed is freed later, when the process exits.
+    /// killed is freed later, when its last user has gone.
     fn may_sleep(&self) -> bool {
         false
     }
@@ -86,8 +87,9 @@ pub trait Flush: Send + Sync {
     ///
     /// # Context
     ///
-    /// As for [`MirrorOps::invalidate`], but without the region's lock, unless there was no memory
-    /// to wait later. mm waits for this, so the time must be bounded.
+    /// As for [`MirrorOps::invalidate`], but without the region's lock, unless another flush in the
+    /// region is waited for already. Several tasks may wait for the same fence. mm waits for this,
+    /// so the time must be bounded.
     fn wait(&self, fence: u64);
 }
 
@@ -105,9 +107,10 @@ pub enum Cause {
     /// Pages are replaced or taken away, for reclaim, `madvise()` or copy-on-write for example
     /// (`MMU_NOTIFY_CLEAR`).
     Clear,
-    /// Pages migrate to the memory of this device, or from there (`MMU_NOTIFY_MIGRATE`).
+    /// Pages migrate to the memory of this device, or from there for a CPU fault or on request
+    /// (`MMU_NOTIFY_MIGRATE`). Eviction is a [`Cause::Clear`].
     OwnMigration,
-    /// Pages migrate to the memory of another device, or from there (`MMU_NOTIFY_MIGRATE`).
+    /// The same, for the memory of another device (`MMU_NOTIFY_MIGRATE`).
     OtherMigration,
     /// A page is made exclusive to this device or another one (`MMU_NOTIFY_EXCLUSIVE`).
     Exclusive,
@@ -168,13 +171,19 @@ pub struct Invalidated<'op> {
     _op: PhantomData<fn(&'op ()) -> &'op ()>,
 }
 
-/// What the second pass of an invalidation waits for. There is one for each event and region.
-#[repr(C)]
-struct SecondPass {
-    // This must be the first field: mm has a pointer to it.
-    finish: bindings::mmu_interval_notifier_finish,
+/// A flush that the second pass of an invalidation waits for.
+#[derive(Clone)]
+struct Pending {
+    range: PageRange,
     flush: Arc<dyn Flush>,
     fence: u64,
+}
+
+impl Pending {
+    /// Waits for the flush, and drops it. To be called with a [`Callback`].
+    fn wait(self) {
+        self.flush.wait(self.fence);
+    }
 }
 
 /// A part of an address space: an interval notifier, and the entries with their lock.
@@ -191,6 +200,12 @@ pub(crate) struct Region {
     notifier: Opaque<bindings::mmu_interval_notifier>,
     #[pin]
     entries: RwSem<Entries>,
+    /// The flush that an invalidation has started and not waited for yet. Set with `entries` locked
+    /// for write. Another event in its range must wait for it too, though it finds no entry.
+    #[pin]
+    pending: SpinLock<Option<Pending>>,
+    /// What mm keeps in its list of second passes, as long as there is a pending flush.
+    finish: Opaque<bindings::mmu_interval_notifier_finish>,
     range: PageRange,
     ops: Arc<dyn MirrorOps>,
     /// The owner of the device's own memory, as mm reports it in `MMU_NOTIFY_MIGRATE` events, or
@@ -226,6 +241,8 @@ impl Region {
         let entries = Entries::new(range)?;
         let init = try_pin_init!(Self {
             entries <- RwSem::new(entries, c"hmm_region", static_lock_class!()),
+            pending <- new_spinlock!(None, "hmm_region::pending"),
+            finish: Opaque::zeroed(),
             range,
             ops,
             owner,
@@ -366,9 +383,13 @@ impl Region {
                 None => return false,
             }
         };
-        if !blockable && region.ops.may_sleep() && range.is_some_and(|range| entries.any(range)) {
-            // The same.
-            return false;
+        let pending = range.and_then(|range| region.pending_in(range));
+        if !blockable {
+            let must_erase = range.is_some_and(|range| entries.any(range));
+            if pending.is_some() || must_erase && region.ops.may_sleep() {
+                // The same.
+                return false;
+            }
         }
 
         // Do not bump the sequence for our own `MMU_NOTIFY_EXCLUSIVE` event: the retry check after
@@ -381,34 +402,51 @@ impl Region {
         }
 
         let Some(range) = range else { return true };
-        if entries.erase(range) == 0 && cause != Cause::Release {
-            return true;
-        }
         let _callback = Callback::begin();
-        let Invalidated { flush, .. } = region.ops.invalidate(Invalidate {
-            range,
-            cause,
-            _op: PhantomData,
-        });
-        let Some((flush, fence)) = flush else {
-            return true;
-        };
-        match KBox::<SecondPass>::new_uninit(GFP_NOWAIT | __GFP_NOWARN) {
-            Ok(place) => {
-                let second = KBox::write(
-                    place,
-                    SecondPass {
-                        finish: pin_init::zeroed(),
-                        flush,
-                        fence,
-                    },
-                );
-                // SAFETY: `finish` is valid for a write (see the # Safety section).
-                unsafe { *finish = KBox::into_raw(second).cast() };
+        if entries.erase(range) != 0 || cause == Cause::Release {
+            let invalidated = region.ops.invalidate(Invalidate {
+                range,
+                cause,
+                _op: PhantomData,
+            });
+            if let Some((flush, fence)) = invalidated.flush {
+                let started = Pending {
+                    range,
+                    flush,
+                    fence,
+                };
+                match region.set_pending(started) {
+                    // SAFETY: `finish` is valid for a write (see the # Safety section).
+                    Ok(()) => unsafe { *finish = region.finish.get() },
+                    // There is one second pass for each region.
+                    Err(started) => started.wait(),
+                }
             }
-            Err(AllocError) => flush.wait(fence),
+        }
+        drop(entries);
+        if let Some(pending) = pending {
+            pending.wait();
         }
         true
+    }
+
+    /// The pending flush, if it is one of pages in `range`.
+    fn pending_in(&self, range: PageRange) -> Option<Pending> {
+        let pending = self.pending.lock();
+        let overlapping = pending.as_ref();
+        overlapping
+            .filter(|pending| pending.range.intersect(&range).is_some())
+            .cloned()
+    }
+
+    /// Makes `started` the pending flush. Gives it back if there is one already.
+    fn set_pending(&self, started: Pending) -> Result<(), Pending> {
+        let mut pending = self.pending.lock();
+        if pending.is_some() {
+            return Err(started);
+        }
+        *pending = Some(started);
+        Ok(())
     }
 
     /// The `invalidate_finish` callback of the notifier. mm calls it after all notifiers of the
@@ -420,11 +458,19 @@ impl Region {
     pub(crate) unsafe extern "C" fn invalidate_finish(
         finish: *mut bindings::mmu_interval_notifier_finish,
     ) {
-        // SAFETY: invalidate_start() has stored the pointer of a box, cast to that of its first
-        // field. mm gives it back once (see the # Safety section).
-        let second = unsafe { KBox::from_raw(finish.cast::<SecondPass>()) };
+        // SAFETY: invalidate_start() has stored the field of a region (see the # Safety section).
+        // The region is alive, since its drop waits for the end of the invalidation.
+        let region = unsafe { &*kernel::container_of!(Opaque::cast_from(finish), Region, finish) };
+        // This lasts longer than the references to what the driver has made.
         let _callback = Callback::begin();
-        second.flush.wait(second.fence);
+        let pending = region.pending.lock().clone();
+        if let Some(pending) = pending {
+            pending.wait();
+        }
+        // Not before the flush has ended. From here on `finish` may be used again: mm has taken it
+        // from its list.
+        let ended = region.pending.lock().take();
+        drop(ended);
     }
 
     fn cause(&self, event: &bindings::mmu_notifier_range) -> Cause {

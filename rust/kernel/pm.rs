@@ -27,7 +27,7 @@ pub trait SleepOps: Send + Sync {
 }
 
 /// A registration for the notifications of system sleep, from when it is initialised until it is
-/// dropped.
+/// dropped. A module must drop it before it is unloaded.
 ///
 /// # Invariants
 ///

@@ -112,8 +112,7 @@ impl Counters {
         self.0[counter as usize].add(count, Relaxed);
     }
 
-    /// Reads `counter`.
-    pub(crate) fn get(&self, counter: Counter) -> u64 {
+    fn get(&self, counter: Counter) -> u64 {
         self.0[counter as usize].load(Relaxed)
     }
 

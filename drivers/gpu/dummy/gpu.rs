@@ -8,7 +8,6 @@
 
 use super::{
     counters::{
-        Counter,
         Counters,
         FileStats, //
     },
@@ -48,10 +47,6 @@ use kernel::{
         poll::PollTable,
         Arc,
         Mutex, //
-    },
-    time::{
-        delay::fsleep,
-        Delta, //
     }, //
 };
 
@@ -93,55 +88,29 @@ impl Gpu {
 
         Ok(Arc::new(gpu, GFP_KERNEL)?)
     }
-
-    /// Evicts all pages to system memory, where they keep their contents while the GPU has no
-    /// power. What began while it had power may still migrate pages there, so this tries again.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Vram::evict`].
-    fn empty_vram(&self) -> Result {
-        let Some(vram) = &self.vram else {
-            return Ok(());
-        };
-        let mut result = Err(EBUSY);
-
-        for _ in 0..Self::EVICTIONS {
-            result = vram.evict();
-            match result {
-                Ok(()) if self.counters.get(Counter::DevicePages) == 0 => return Ok(()),
-                Ok(()) => result = Err(EBUSY),
-                Err(err) if err == EBUSY => (),
-                Err(err) => return Err(err),
-            }
-            fsleep(Delta::from_millis(10));
-        }
-        result
-    }
-
-    /// How often eviction is tried before the system sleeps.
-    const EVICTIONS: u32 = 100;
 }
 
 impl SleepOps for Gpu {
+    /// Stops the GPU, and evicts all pages to system memory, where they keep their contents.
     fn prepare(&self) -> Result {
-        self.power.set_off(true);
-        self.empty_vram().inspect_err(|_| self.power.set_off(false))
+        self.power.switch_off();
+        let evicted = self.vram.as_ref().map_or(Ok(()), |vram| vram.evict());
+        evicted.inspect_err(|_| self.power.switch_on())
     }
 
     fn awake(&self) {
-        self.power.set_off(false);
+        self.power.switch_on();
     }
 }
 
 /// An instance of the device.
 #[pin_data]
 pub(crate) struct Instance {
-    #[pin]
-    _sleep: SleepNotifier<Gpu>,
-    // Dropped before what follows, so that no file can be opened any more.
+    // Dropped first, so that no file can be opened any more.
     #[pin]
     _node: MiscDeviceRegistration<OpenFile>,
+    #[pin]
+    _sleep: SleepNotifier<Gpu>,
     #[pin]
     _stats: debugfs::File<Arc<Counters>>,
     _device: faux::Registration,

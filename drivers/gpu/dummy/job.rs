@@ -111,6 +111,9 @@ impl WorkItem for Job {
 /// Runs `engine` on the memory of `svm` until all commands are done, an access misses, the time
 /// slice is over, or `cancelled` is set.
 pub(crate) fn run_slice(engine: &mut Engine, svm: &Svm, cancelled: &Atomic<bool>) -> Stop {
+    let Some(_busy) = svm.power().try_busy() else {
+        return Stop::Paused;
+    };
     let mut left = SLICE;
     let completed = engine.completed();
     let stop = engine.run(&mut &*svm, || {
@@ -137,7 +140,8 @@ pub(crate) fn drive(
     let mut retry_limit = RetryLimit::new(Instant::now());
 
     loop {
-        svm.wait_for_power().map_err(|err| (err, None))?;
+        // Not in the work item, which may be one of a workqueue of the kernel.
+        svm.power().busy().map(drop).map_err(|err| (err, None))?;
         let (stop, steps) = run_slice().map_err(|err| (err, None))?;
         match stop {
             Stop::Done => return Ok(()),

@@ -2,33 +2,48 @@
 
 //! Whether the GPU has power.
 //!
-//! When the system goes to sleep, the GPU stops, and its memory loses its contents: see
-//! [`Gpu`](super::gpu::Gpu). Whoever would let it work waits here until the system is awake. This
-//! file uses no other file of the driver.
+//! When the system goes to sleep, the GPU stops, and its memory loses its contents. Whoever lets it
+//! work, or migrates pages to its memory, does so with a [`Busy`], and waits here until the system
+//! is awake. This file uses no other file of the driver.
 
 use kernel::{
     new_condvar,
     new_mutex,
     prelude::*,
     sync::{
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
         Arc,
         CondVar,
         Mutex, //
     }, //
 };
 
+#[derive(Default)]
+struct State {
+    is_off: bool,
+    /// How many [`Busy`] there are.
+    busy: usize,
+}
+
 #[pin_data]
 pub(crate) struct Power {
-    /// Written with the lock held.
-    is_off: Atomic<bool>,
     #[pin]
-    lock: Mutex<()>,
+    state: Mutex<State>,
     #[pin]
     changed: CondVar,
+}
+
+/// The GPU has power until this is dropped. To be held for a bounded time: the system waits for it
+/// before it goes to sleep.
+pub(crate) struct Busy<'a>(&'a Power);
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.busy -= 1;
+        if state.is_off {
+            self.0.changed.notify_all();
+        }
+    }
 }
 
 impl Power {
@@ -40,22 +55,14 @@ impl Power {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                is_off: Atomic::new(false),
-                lock <- new_mutex!((), "dummy_gpu::power"),
+                state <- new_mutex!(State::default(), "dummy_gpu::power"),
                 changed <- new_condvar!("dummy_gpu::power_changed"),
             }),
             GFP_KERNEL,
         )
     }
 
-    /// Switches the GPU off, or on again. What began before may still be running afterwards.
-    pub(crate) fn set_off(&self, is_off: bool) {
-        let _guard = self.lock.lock();
-        self.is_off.store(is_off, Relaxed);
-        self.changed.notify_all();
-    }
-
-    /// Waits until the GPU is on.
+    /// Waits until the GPU is on, and keeps it on.
     ///
     /// # Context
     ///
@@ -64,16 +71,39 @@ impl Power {
     /// # Errors
     ///
     /// [`EINTR`] on a fatal signal.
-    pub(crate) fn wait(&self) -> Result {
-        if !self.is_off.load(Relaxed) {
-            return Ok(());
-        }
-        let mut guard = self.lock.lock();
-        while self.is_off.load(Relaxed) {
-            if self.changed.wait_killable_freezable(&mut guard) {
+    pub(crate) fn busy(&self) -> Result<Busy<'_>> {
+        let mut state = self.state.lock();
+        while state.is_off {
+            if self.changed.wait_killable_freezable(&mut state) {
                 return Err(EINTR);
             }
         }
-        Ok(())
+        state.busy += 1;
+        Ok(Busy(self))
+    }
+
+    /// Keeps the GPU on, if it is on. Does not wait.
+    pub(crate) fn try_busy(&self) -> Option<Busy<'_>> {
+        let mut state = self.state.lock();
+        if state.is_off {
+            return None;
+        }
+        state.busy += 1;
+        Some(Busy(self))
+    }
+
+    /// Switches the GPU off, and waits until nobody keeps it on.
+    pub(crate) fn switch_off(&self) {
+        let mut state = self.state.lock();
+        state.is_off = true;
+        while state.busy > 0 {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Switches the GPU on again.
+    pub(crate) fn switch_on(&self) {
+        self.state.lock().is_off = false;
+        self.changed.notify_all();
     }
 }

@@ -264,13 +264,9 @@ impl Svm {
         self.mirror.task_size()
     }
 
-    /// Waits until the GPU has power.
-    ///
-    /// # Errors
-    ///
-    /// [`EINTR`] on a fatal signal.
-    pub(crate) fn wait_for_power(&self) -> Result {
-        self.power.wait()
+    /// Whether the GPU has power.
+    pub(crate) fn power(&self) -> &Power {
+        &self.power
     }
 
     /// The statistics of the file that this address space belongs to.
@@ -317,9 +313,9 @@ impl Svm {
         };
 
         while let Ok(rest) = PageRange::new(range.start() + so_far.done, range.end()) {
+            let busy = self.power.busy();
             let moved = match location {
-                _ if current!().signal_pending() => Err(EINTR),
-                _ if self.power.wait().is_err() => Err(EINTR),
+                _ if current!().signal_pending() || busy.is_err() => Err(EINTR),
                 Location::Device => {
                     vram.migrate_in(&mm, rest, Holes::Populate, &mut buf, self.stats())
                 }
@@ -392,25 +388,28 @@ impl Svm {
     ///
     /// # Context
     ///
-    /// A task that runs in this address space and holds no locks. Waits for what the process's own
-    /// page faults wait for; a fatal signal ends the wait.
+    /// Any task that holds no locks. Waits for what the process's own page faults wait for; a fatal
+    /// signal ends the wait.
     ///
     /// # Errors
     ///
     /// - [`EFAULT`] if the address has no memory that may be read.
-    /// - [`EPERM`] if the memory may not be written, or the task runs in another address space.
+    /// - [`EPERM`] if the memory may not be written.
+    /// - [`ESRCH`] if the process has gone.
     /// - [`EINTR`] on a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding.
     /// - [`ENOMEM`].
     pub(crate) fn service(&self, fault: Fault, bufs: &mut FaultBuffers) -> Result<usize> {
-        self.power.wait()?;
         let mm = self.mirror.mm()?;
         let stats = self.stats();
         stats.add(Counter::Faults, 1);
 
         // This fails only for the last page of the address space, which is never user memory.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
+        let busy = self.power.busy()?;
         let (need, like) = self.place(&mm, need, fault.access, &mut bufs.moves)?;
+        // The fault may take long, and only makes a translation.
+        drop(busy);
         let request = FaultRequest::new(need, fault.access);
         let spare = mm.charge(SpareTable::new)?;
         let result = mm.fault(request, &mut bufs.faults, |commit| {

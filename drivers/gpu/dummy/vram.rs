@@ -153,7 +153,6 @@ impl Vram {
     /// # Errors
     ///
     /// Those of [`DevicePool::evict`].
-    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn evict(&self) -> Result {
         self.pool.evict()
     }

@@ -264,6 +264,50 @@ mod tests {
     }
 
     #[test]
+    fn an_event_waits_for_a_flush_that_another_one_has_started() -> Result {
+        with_user_mm(|mm| {
+            let range = map(mm)?;
+            let first = page(range, 0)?;
+            let journal = Journal::new()?;
+            let mirror = flusher(b'a', &journal, range, true)?;
+            let region = mirror.region(range.start()).ok_or(ENOENT)?;
+            let start = |range, flags, finish: &mut _| {
+                let event = event_of(mm, range, flags);
+                // SAFETY: The notifier is the region's, the event is valid, and the sequence is
+                // odd, as in an invalidation.
+                unsafe { Region::invalidate_start(region.notifier(), &event, 1, finish) }
+            };
+            let blockable = bindings::MMU_NOTIFIER_RANGE_BLOCKABLE;
+            let (mut finish, mut other) = (null_mut(), null_mut());
+
+            assert!(start(first, blockable, &mut finish));
+            assert!(!finish.is_null());
+            assert_eq!(*journal.letters.lock(), *b"A\0\0\0\0\0\0\0");
+            // There is no entry any more, but the device may still access the page.
+            assert!(!start(first, 0, &mut other));
+            assert_eq!(*journal.letters.lock(), *b"A\0\0\0\0\0\0\0");
+            assert!(start(first, blockable, &mut other));
+            assert!(other.is_null());
+            assert_eq!(*journal.letters.lock(), *b"Aa\0\0\0\0\0\0");
+            // Another page is another flush, for which there is no second pass.
+            assert!(start(page(range, 1)?, blockable, &mut other));
+            assert!(other.is_null());
+            assert_eq!(*journal.letters.lock(), *b"AaAa\0\0\0\0");
+
+            // SAFETY: The first event has stored it.
+            unsafe { Region::invalidate_finish(finish) };
+            assert_eq!(*journal.letters.lock(), *b"AaAaa\0\0\0");
+            assert!(start(first, 0, &mut other));
+            assert!(start(page(range, 2)?, blockable, &mut other));
+            assert!(!other.is_null());
+            // SAFETY: The last event has stored it.
+            unsafe { Region::invalidate_finish(other) };
+            assert_eq!(*journal.letters.lock(), *b"AaAaaAa\0");
+            Ok(())
+        })
+    }
+
+    #[test]
     fn what_was_started_is_waited_for_though_another_device_refuses() -> Result {
         with_user_mm(|mm| {
             let range = map(mm)?;

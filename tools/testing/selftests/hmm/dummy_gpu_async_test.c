@@ -564,9 +564,11 @@ TEST_F(async, a_closed_file_starts_no_command)
 	uint64_t *p = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	const size_t length = 16 << 20;
 	uint8_t *q = map(length, PROT_READ | PROT_WRITE);
-	uint64_t sequence, last, now;
+	uint64_t sequence, closed;
 	int fd = gpu_open(GPU_DEVICE);
 
+	ASSERT_NE(MAP_FAILED, p);
+	ASSERT_NE(MAP_FAILED, q);
 	ASSERT_LE(0, fd);
 	p[1] = 1;
 	for (int i = 0; i < DEPTH / 2; i++) {
@@ -576,14 +578,10 @@ TEST_F(async, a_closed_file_starts_no_command)
 	while (!__atomic_load_n(p, __ATOMIC_RELAXED))
 		usleep(100);
 	close(fd);
-	now = __atomic_load_n(p, __ATOMIC_RELAXED);
-	/* It ends by itself, before the next step. */
-	do {
-		last = now;
-		usleep(200 * 1000);
-		now = __atomic_load_n(p, __ATOMIC_RELAXED);
-	} while (now != last);
-	EXPECT_GT(DEPTH / 2, now);
+	closed = __atomic_load_n(p, __ATOMIC_RELAXED);
+	usleep(500 * 1000);
+	/* No step begins afterwards; one may have been running. */
+	EXPECT_GE(closed + 1, __atomic_load_n(p, __ATOMIC_RELAXED));
 	munmap(p, page);
 	munmap(q, length);
 }
@@ -663,10 +661,11 @@ TEST_F(async, work_goes_on_after_the_system_has_slept)
 	write_to("/sys/module/suspend/parameters/pm_test_delay", "1");
 	ASSERT_LT(0, write(tests, "freezer", 7));
 	start = microseconds();
-	EXPECT_TRUE(write_to("/sys/power/state", "freeze") || write_to("/sys/power/state", "mem"))
+	EXPECT_TRUE(write_to("/sys/power/state", "freeze"))
 		TH_LOG("%s", strerror(errno));
 	EXPECT_LE(1000 * 1000, microseconds() - start);
 	ASSERT_LT(0, write(tests, "none", 4));
+	write_to("/sys/module/suspend/parameters/pm_test_delay", "5");
 	close(tests);
 
 	after = stats_of(_metadata, self->fd);
