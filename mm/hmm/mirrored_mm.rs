@@ -4,8 +4,8 @@
 //!
 //! A GPU reports a page fault by an interrupt, and often no task of the process waits for it. So
 //! any task may act for the process, a work item above all. It takes a reference to `mm_users`, so
-//! that the address space stays, as mm does for a remote access such as `access_remote_vm()`. And it
-//! charges memory to the process, not to itself.
+//! that the address space stays, as mm does for a remote access such as `access_remote_vm()`. And
+//! it charges memory to the process, not to itself.
 
 use super::{
     callback::Callback,
