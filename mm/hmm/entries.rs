@@ -15,6 +15,7 @@ use super::{
     pool::Pool,
     range::PageRange, //
 };
+use core::ops::Range;
 use kernel::{
     bindings,
     page::{
@@ -166,43 +167,45 @@ impl Entries {
         Ok(())
     }
 
+    /// The parts of leaves that `range` consists of: the index of a leaf, and the entries in it.
+    fn parts(&self, range: PageRange) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let (first, end) = match self.range.intersect(&range) {
+            Some(range) => {
+                let first = (range.start() - self.range.start()) / PAGE_SIZE;
+                (first, first + range.pages())
+            }
+            None => (0, 0),
+        };
+        (first / LEAF_PAGES..end.div_ceil(LEAF_PAGES)).map(move |leaf| {
+            let start = leaf * LEAF_PAGES;
+            let part = first.max(start) - start..end.min(start + LEAF_PAGES) - start;
+            (leaf, part)
+        })
+    }
+
     /// Whether there is an entry in `range`.
     pub(crate) fn any(&self, range: PageRange) -> bool {
-        let mut va = range.start();
-        while let Some((leaf, page)) = self.position(va).filter(|_| va < range.end()) {
-            let pages = (LEAF_PAGES - page).min((range.end() - va) / PAGE_SIZE);
-            if let Some(Some(leaf)) = self.leaves.get(leaf) {
-                if leaf.0[page..page + pages]
-                    .iter()
-                    .any(|pfn| *pfn != HmmPfn::NONE)
-                {
-                    return true;
-                }
-            }
-            va += pages * PAGE_SIZE;
-        }
-        false
+        self.parts(range)
+            .any(|(leaf, part)| match self.leaves.get(leaf) {
+                Some(Some(leaf)) => leaf.0[part].iter().any(|pfn| *pfn != HmmPfn::NONE),
+                _ => false,
+            })
     }
 
     /// Erases the entries of `range`. Frees leaves without entries, so that a process cannot keep
     /// memory allocated for pages that it has unmapped. Returns the number of entries erased.
     pub(crate) fn erase(&mut self, range: PageRange) -> usize {
         let mut erased = 0;
-        let mut va = range.start();
-        while va < range.end() {
-            let Some((leaf, page)) = self.position(va) else {
+        for (leaf, part) in self.parts(range) {
+            let Some(slot) = self.leaves.get_mut(leaf) else {
                 break;
             };
-            let pages = (LEAF_PAGES - page).min((range.end() - va) / PAGE_SIZE);
-            if let Some(slot) = self.leaves.get_mut(leaf) {
-                if let Some(leaf) = slot {
-                    let pfns = &mut leaf.0[page..page + pages];
-                    erased += pfns.iter().filter(|pfn| **pfn != HmmPfn::NONE).count();
-                    pfns.fill(HmmPfn::NONE);
-                }
-                slot.take_if(|leaf| leaf.is_empty());
+            if let Some(leaf) = slot {
+                let pfns = &mut leaf.0[part];
+                erased += pfns.iter().filter(|pfn| **pfn != HmmPfn::NONE).count();
+                pfns.fill(HmmPfn::NONE);
             }
-            va += pages * PAGE_SIZE;
+            slot.take_if(|leaf| leaf.is_empty());
         }
         erased
     }

@@ -31,10 +31,12 @@ use super::{
     }, //
 };
 use kernel::{
+    bindings,
     kunit::user_mm::{
         Prot,
         UserMm, //
     },
+    mm::MmWithUser,
     new_spinlock,
     page::PAGE_SIZE,
     prelude::*,
@@ -62,6 +64,26 @@ fn map_aligned(mm: &UserMm, pages: usize, prot: Prot) -> Result<PageRange> {
 /// Page `index` of `range`.
 fn page(range: PageRange, index: usize) -> Result<PageRange> {
     PageRange::from_len(range.start() + index * PAGE_SIZE, PAGE_SIZE)
+}
+
+/// Unmaps the pages of `range`, but keeps the VMA.
+fn zap(mm: &MmWithUser, range: PageRange) {
+    let guard = mm.mmap_read_lock();
+    if let Some(vma) = guard.vma_lookup(range.start()) {
+        vma.zap_vma_range(range.start(), range.len());
+    }
+}
+
+/// An event as for pages of `range` that are replaced.
+fn event_of(mm: &UserMm, range: PageRange, flags: u32) -> bindings::mmu_notifier_range {
+    bindings::mmu_notifier_range {
+        mm: mm.mm().as_raw(),
+        start: range.start(),
+        end: range.end(),
+        flags,
+        event: bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR,
+        owner: core::ptr::null_mut(),
+    }
 }
 
 /// Writes the byte at `va`, as the process does.

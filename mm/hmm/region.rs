@@ -384,12 +384,10 @@ impl Region {
             }
         };
         let pending = range.and_then(|range| region.pending_in(range));
-        if !blockable {
-            let must_erase = range.is_some_and(|range| entries.any(range));
-            if pending.is_some() || must_erase && region.ops.may_sleep() {
-                // The same.
-                return false;
-            }
+        let must_call = || range.is_some_and(|range| entries.any(range));
+        if !blockable && (pending.is_some() || region.ops.may_sleep() && must_call()) {
+            // The same.
+            return false;
         }
 
         // Do not bump the sequence for our own `MMU_NOTIFY_EXCLUSIVE` event: the retry check after
@@ -432,11 +430,8 @@ impl Region {
 
     /// The pending flush, if it is one of pages in `range`.
     fn pending_in(&self, range: PageRange) -> Option<Pending> {
-        let pending = self.pending.lock();
-        let overlapping = pending.as_ref();
-        overlapping
-            .filter(|pending| pending.range.intersect(&range).is_some())
-            .cloned()
+        let overlaps = |pending: &&Pending| pending.range.intersect(&range).is_some();
+        self.pending.lock().as_ref().filter(overlaps).cloned()
     }
 
     /// Makes `started` the pending flush. Gives it back if there is one already.

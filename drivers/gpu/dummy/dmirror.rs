@@ -25,10 +25,10 @@ use super::{
     },
     mmu::TABLE_SIZE,
     policy::Policy,
+    retry_limit::RetryLimit,
     svm::{
         FaultBuffers,
         Location,
-        RetryLimit,
         Svm, //
     }, //
 };
@@ -266,13 +266,8 @@ fn access(
 
     for (va, page) in pages(range, bytes) {
         while access_page(va, page).is_err() {
-            retry_limit.fault(done.pages as u64, Instant::now())?;
             let next = PageRange::new(va, range.end())?;
-            match svm.fault_in(next, access, &mut bufs) {
-                // The core has given up for now. `retry_limit` decides whether to try again.
-                Err(err) if err == EBUSY => {}
-                result => result?,
-            }
+            retry_limit.service(done.pages as u64, || svm.fault_in(next, access, &mut bufs))?;
             done.faults += 1;
         }
         done.pages += 1;

@@ -10,6 +10,7 @@
 //! - `uapi`, `debugfs`: the ioctls, and the counters in debugfs.
 //! - `queue`: the submissions of a file that a work item processes, without the submitting task.
 //! - `job`: one submission, which a work item and the submitting task process in turns.
+//! - `retry_limit`: when to give up a page fault that has to be serviced again and again.
 //! - `engine`, `command`: the computations of the GPU. They do no I/O and take no locks.
 //! - `svm`: the address space of a process as the GPU sees it. Gives the engine access to memory,
 //!   and services GPU page faults through `hmm`.
@@ -39,6 +40,7 @@ mod mmu;
 mod policy;
 mod power;
 mod queue;
+mod retry_limit;
 mod svm;
 mod tlb;
 mod uapi;

@@ -61,8 +61,10 @@ pub(crate) struct Gpu {
 }
 
 impl Gpu {
-    /// Creates a GPU with `vram_size` bytes of memory and with `tlb`, and a directory for it in the
-    /// debugfs directory `root`.
+    /// Creates a GPU with `vram_size` bytes of memory, and a directory for it in the debugfs
+    /// directory `root`.
+    ///
+    /// `tlb` is for a GPU whose flushes take some time.
     ///
     /// # Errors
     ///

@@ -18,9 +18,9 @@ use super::{
         Engine,
         Stop, //
     },
+    retry_limit::RetryLimit,
     svm::{
         FaultBuffers,
-        RetryLimit,
         Svm, //
     }, //
 };
@@ -64,14 +64,10 @@ pub(crate) struct Outcome {
 
 impl Outcome {
     pub(crate) fn new(result: Result<(), Failure>, completed: usize) -> Self {
-        let (result, fault_address) = match result {
-            Ok(()) => (Ok(()), None),
-            Err((err, fault_address)) => (Err(err), fault_address),
-        };
         Self {
-            result,
+            result: result.map_err(|(err, _)| err),
             completed,
-            fault_address,
+            fault_address: result.err().and_then(|(_, va)| va),
         }
     }
 }
@@ -140,19 +136,14 @@ pub(crate) fn drive(
     let mut retry_limit = RetryLimit::new(Instant::now());
 
     loop {
-        // Not in the work item, which may be one of a workqueue of the kernel.
-        svm.power().busy().map(drop).map_err(|err| (err, None))?;
         let (stop, steps) = run_slice().map_err(|err| (err, None))?;
         match stop {
             Stop::Done => return Ok(()),
-            Stop::Paused => {}
+            // The slice is over, or the GPU is off. The work item may be one of a workqueue of the
+            // kernel, so it does not wait.
+            Stop::Paused => svm.power().wait().map_err(|err| (err, None))?,
             Stop::Fault(fault) => retry_limit
-                .fault(steps, Instant::now())
-                .and_then(|()| match svm.service(fault, bufs) {
-                    // The core has given up for now. `retry_limit` decides whether to try again.
-                    Err(err) if err == EBUSY => Ok(()),
-                    result => result.map(drop),
-                })
+                .service(steps, || svm.service(fault, bufs).map(drop))
                 // A signal, or the end of the process, has nothing to do with the address.
                 .map_err(|err| (err, (err != EINTR && err != ESRCH).then_some(fault.va)))?,
         }

@@ -62,7 +62,7 @@ impl Power {
         )
     }
 
-    /// Waits until the GPU is on, and keeps it on.
+    /// Waits until the GPU is on. It may be off again when this returns.
     ///
     /// # Context
     ///
@@ -71,15 +71,28 @@ impl Power {
     /// # Errors
     ///
     /// [`EINTR`] on a fatal signal.
-    pub(crate) fn busy(&self) -> Result<Busy<'_>> {
+    pub(crate) fn wait(&self) -> Result {
         let mut state = self.state.lock();
         while state.is_off {
             if self.changed.wait_killable_freezable(&mut state) {
                 return Err(EINTR);
             }
         }
-        state.busy += 1;
-        Ok(Busy(self))
+        Ok(())
+    }
+
+    /// Waits until the GPU is on, and keeps it on.
+    ///
+    /// # Context and errors
+    ///
+    /// As for [`Power::wait`].
+    pub(crate) fn busy(&self) -> Result<Busy<'_>> {
+        loop {
+            match self.try_busy() {
+                Some(busy) => return Ok(busy),
+                None => self.wait()?,
+            }
+        }
     }
 
     /// Keeps the GPU on, if it is on. Does not wait.

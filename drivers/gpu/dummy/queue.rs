@@ -114,7 +114,6 @@ impl Drop for CountedFile {
 }
 
 struct Submission {
-    sequence: u64,
     svm: Arc<Svm>,
     engine: Engine,
     bufs: FaultBuffers,
@@ -123,11 +122,11 @@ struct Submission {
 struct State {
     /// The sequence number of the newest submission.
     newest: u64,
-    /// The submissions that were not started yet, the oldest first.
-    waiting: KVec<KBox<Submission>>,
+    /// The submissions that were not started yet, with their sequence numbers, the oldest first.
+    waiting: KVec<(u64, KBox<Submission>)>,
     /// The sequence number of the one that the work item runs.
     running: Option<u64>,
-    /// The outcomes that no task has asked for yet.
+    /// The outcomes that no task has asked for yet, with the sequence numbers.
     ended: KVec<(u64, Outcome)>,
     /// Set by the first submission.
     counted: Option<CountedFile>,
@@ -140,7 +139,7 @@ impl State {
     }
 
     fn is_outstanding(&self, sequence: u64) -> bool {
-        self.running == Some(sequence) || self.waiting.iter().any(|s| s.sequence == sequence)
+        self.running == Some(sequence) || self.waiting.iter().any(|s| s.0 == sequence)
     }
 }
 
@@ -176,8 +175,8 @@ impl Queue {
     fn next(&self) -> Option<KBox<Submission>> {
         let mut state = self.state.lock();
 
-        let submission = state.waiting.remove(0).ok()?;
-        state.running = Some(submission.sequence);
+        let (sequence, submission) = state.waiting.remove(0).ok()?;
+        state.running = Some(sequence);
         Some(submission)
     }
 
@@ -186,7 +185,6 @@ impl Queue {
             svm,
             mut engine,
             mut bufs,
-            ..
         } = KBox::into_inner(submission);
         let result = drive(&svm, &mut bufs, || {
             let stop = run_slice(&mut engine, &svm, &self.closed);
@@ -263,9 +261,8 @@ impl FileQueue {
     /// - [`ENFILE`] if too many files have submitted commands in this way.
     /// - [`ENOMEM`].
     pub(crate) fn submit(&self, svm: Arc<Svm>, commands: KVVec<Command>) -> Result<u64> {
-        let mut submission = KBox::new(
+        let submission = KBox::new(
             Submission {
-                sequence: 0,
                 svm,
                 engine: Engine::new(commands)?,
                 bufs: FaultBuffers::new()?,
@@ -284,8 +281,9 @@ impl FileQueue {
         let room = DEPTH - state.ended.len();
         state.ended.reserve(room, GFP_KERNEL_ACCOUNT)?;
         let sequence = state.newest + 1;
-        submission.sequence = sequence;
-        state.waiting.push(submission, GFP_KERNEL_ACCOUNT)?;
+        state
+            .waiting
+            .push((sequence, submission), GFP_KERNEL_ACCOUNT)?;
         state.newest = sequence;
         drop(state);
 
@@ -303,6 +301,11 @@ impl FileQueue {
     /// - [`ERESTARTSYS`] on a signal.
     pub(crate) fn wait(&self, sequence: u64, timeout: Delta) -> Result<Outcome, NoOutcome> {
         let start = Instant::<Monotonic>::now();
+        let left = || timeout - start.elapsed();
+        let no_outcome = |error| NoOutcome {
+            error,
+            left: left(),
+        };
         let mut state = self.queue.state.lock();
 
         loop {
@@ -311,15 +314,12 @@ impl FileQueue {
                 self.queue.changed.notify_all();
                 return Ok(outcome);
             }
-            let left = timeout - start.elapsed();
             if !state.is_outstanding(sequence) {
-                return Err(NoOutcome {
-                    error: EINVAL,
-                    left,
-                });
+                return Err(no_outcome(EINVAL));
             }
+            let left = left();
             if left.is_zero() || left.is_negative() {
-                return Err(NoOutcome { error: ETIME, left });
+                return Err(no_outcome(ETIME));
             }
             let jiffies = msecs_to_jiffies(left.as_millis_ceil().try_into().unwrap_or(u32::MAX));
             if let CondVarTimeoutResult::Signal { .. } = self
@@ -327,10 +327,7 @@ impl FileQueue {
                 .changed
                 .wait_interruptible_timeout(&mut state, jiffies)
             {
-                return Err(NoOutcome {
-                    error: ERESTARTSYS,
-                    left: timeout - start.elapsed(),
-                });
+                return Err(no_outcome(ERESTARTSYS));
             }
         }
     }

@@ -17,7 +17,10 @@ use super::{
         MAX_LENGTH, //
     },
     counters::COUNTERS,
-    job,
+    job::{
+        self,
+        Outcome, //
+    },
     mmu::TABLE_SIZE,
     policy::Policy,
     queue::{
@@ -248,9 +251,14 @@ fn submit(client: &Client, arg: UserPtr) -> Result {
         let sequence = client.queue.submit(svm.clone(), commands)?;
         return user.write(word!(dummy_gpu_submit.sequence), &[sequence]);
     }
-    let outcome = job::run(svm.clone(), commands)?;
+    report(&user, OUTPUT, job::run(svm.clone(), commands)?)
+}
+
+/// Writes `outcome` to the structure, starting at the word with index `first`, and returns the
+/// result of the submission.
+fn report<const N: usize>(user: &Extensible<N>, first: usize, outcome: Outcome) -> Result {
     let fault_address = outcome.fault_address.unwrap_or(0);
-    let told = user.write(OUTPUT, &[outcome.completed as u64, fault_address as u64]);
+    let told = user.write(first, &[outcome.completed as u64, fault_address as u64]);
 
     outcome.result.and(told)
 }
@@ -271,11 +279,7 @@ fn wait(client: &Client, arg: UserPtr) -> Result {
     let timeout = i64::try_from(wait[word!(dummy_gpu_wait.timeout)]).unwrap_or(i64::MAX);
     let sequence = wait[word!(dummy_gpu_wait.sequence)];
     match client.queue.wait(sequence, Delta::from_nanos(timeout)) {
-        Ok(outcome) => {
-            let fault_address = outcome.fault_address.unwrap_or(0);
-            let told = user.write(OUTPUT, &[outcome.completed as u64, fault_address as u64]);
-            outcome.result.and(told)
-        }
+        Ok(outcome) => report(&user, OUTPUT, outcome),
         Err(NoOutcome { error, left }) => {
             // The wait may be started again after a signal.
             let left = left.as_nanos().max(0) as u64;

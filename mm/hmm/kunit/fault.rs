@@ -25,6 +25,7 @@ use super::{
     page,
     user_read,
     user_write,
+    zap,
     Recorder,
     MODULE, //
 };
@@ -82,14 +83,6 @@ fn snapshot(mirror: &Mirror, range: PageRange) -> Result<KVec<u8>> {
         }
     })?;
     Ok(letters)
-}
-
-/// Unmaps the pages of `range`, but keeps the VMA.
-fn zap(mm: &UserMm, range: PageRange) {
-    let guard = mm.mm().mmap_read_lock();
-    if let Some(vma) = guard.vma_lookup(range.start()) {
-        vma.zap_vma_range(range.start(), range.len());
-    }
 }
 
 /// Maps 8 pages, aligned to a window of 8.
@@ -250,7 +243,7 @@ mod tests {
             let mut buf = FaultBuf::new(3)?;
             let req = FaultRequest::new(window, Access::Write).timeout_ms(0);
             mirror.mm()?.fault(req, &mut buf, |_| ())?;
-            let zap = |_: &mut [usize]| zap(mm, window);
+            let zap = |_: &mut [usize]| zap(mm.mm(), window);
             let result = mirror
                 .mm()?
                 .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), zap);
@@ -399,7 +392,7 @@ mod tests {
                 .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
                     attempts += 1;
                     if attempts <= 2 {
-                        zap(mm, window);
+                        zap(mm.mm(), window);
                     }
                 })?;
             assert_eq!(attempts, 3);
@@ -425,7 +418,7 @@ mod tests {
                 mirror
                     .mm()?
                     .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| commits += 1, |_| {
-                        zap(mm, window)
+                        zap(mm.mm(), window)
                     });
             assert_eq!(result, Err(EBUSY));
             assert_eq!(commits, 0);
@@ -455,7 +448,7 @@ mod tests {
                 mirror.mm()?.fault_loop(&req, &mut buf, &mut f, |_| {
                     if left > 0 {
                         left -= 1;
-                        zap(mm, window);
+                        zap(mm.mm(), window);
                     }
                 })?;
                 assert!(seen == Some((range, range.intersect(&needed))));
@@ -479,7 +472,7 @@ mod tests {
             mirror.mm()?.fault_loop(&req, &mut buf, &mut f, |_| {
                 if left > 0 {
                     left -= 1;
-                    zap(mm, page(window, 1).unwrap_or(window));
+                    zap(mm.mm(), page(window, 1).unwrap_or(window));
                 }
             })?;
             assert!(seen == Some(window));
@@ -557,7 +550,9 @@ mod tests {
             let req = FaultRequest::new(above, Access::Read);
             mirror
                 .mm()?
-                .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| zap(mm, below))?;
+                .fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| {
+                    zap(mm.mm(), below)
+                })?;
             // There may be more than one event: the huge zero page is split before it is zapped.
             assert!(ops.count() >= 1);
             assert_eq!(buf.retries(), 0);

@@ -14,12 +14,12 @@ use super::{
             REGION_ORDER, //
         }, //
     },
+    event_of,
     user_write,
     Recorder,
     MODULE, //
 };
 use kernel::{
-    bindings,
     kunit::user_mm::{
         with_user_mm,
         Prot,
@@ -207,14 +207,7 @@ mod tests {
             let mirror = Mirror::new(&MODULE, ops.clone())?;
             fault(&mirror, range, Access::Read)?;
             let region = mirror.region(range.start()).ok_or(ENOENT)?;
-            let event = bindings::mmu_notifier_range {
-                mm: mm.mm().as_raw(),
-                start: range.start(),
-                end: range.end(),
-                flags: 0,
-                event: bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR,
-                owner: core::ptr::null_mut(),
-            };
+            let event = event_of(mm, range, 0);
             // SAFETY: The notifier is the region's, the event is valid, and the sequence is odd, as
             // in an invalidation.
             let invalidate = || unsafe {

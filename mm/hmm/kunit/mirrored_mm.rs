@@ -19,6 +19,7 @@ use super::{
     page,
     user_read,
     user_write,
+    zap,
     Recorder,
     MODULE, //
 };
@@ -203,10 +204,7 @@ mod tests {
             let req = FaultRequest::new(range, Access::Write);
             let mut buf = FaultBuf::new(2)?;
             let result = mm.fault_loop(&req, &mut buf, &mut |_: &Commit<'_>| (), |_| {
-                let guard = mm.as_mm().mmap_read_lock();
-                if let Some(vma) = guard.vma_lookup(range.start()) {
-                    vma.zap_vma_range(range.start(), range.len());
-                }
+                zap(mm.as_mm(), range)
             });
             expect(result == Err(ESRCH) && buf.retries() == 1)
         })

@@ -18,9 +18,11 @@ use super::{
             Region, //
         },
     },
+    event_of,
     map_aligned,
     page,
     user_write,
+    zap,
     Recorder,
     MODULE, //
 };
@@ -134,17 +136,6 @@ fn map(mm: &UserMm) -> Result<PageRange> {
     Ok(range)
 }
 
-fn event_of(mm: &UserMm, range: PageRange, flags: u32) -> bindings::mmu_notifier_range {
-    bindings::mmu_notifier_range {
-        mm: mm.mm().as_raw(),
-        start: range.start(),
-        end: range.end(),
-        flags,
-        event: bindings::mmu_notifier_event_MMU_NOTIFY_CLEAR,
-        owner: null_mut(),
-    }
-}
-
 /// Lets all notifiers of `mm` see an event, as mm does. Returns whether none refused it.
 fn notify(mm: &UserMm, range: PageRange, flags: u32) -> bool {
     let mut event = event_of(mm, range, flags);
@@ -170,11 +161,7 @@ mod tests {
             let mirror = Mirror::new(&MODULE, recorder.clone())?;
 
             fault(&mirror, range)?;
-            {
-                let guard = mm.mm().mmap_read_lock();
-                let vma = guard.vma_lookup(range.start()).ok_or(ENOENT)?;
-                vma.zap_vma_range(range.start(), range.len());
-            }
+            zap(mm.mm(), range);
             assert_eq!(recorder.cause(), Some(Cause::Clear));
 
             fault(&mirror, range)?;

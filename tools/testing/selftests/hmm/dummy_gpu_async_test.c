@@ -18,14 +18,6 @@
 #define MS		1000000ULL
 #define SECOND		(1000 * MS)
 
-/* Repetitions of what depends on timing, as in dummy_gpu_life_test.c. */
-static int rounds(void)
-{
-	const char *said = getenv("DUMMY_GPU_ROUNDS");
-
-	return said && atoi(said) > 0 ? atoi(said) : 100;
-}
-
 /* Submits one command: 0 or a negative errno. */
 static int submit(int fd, struct dummy_gpu_command command, uint64_t *sequence)
 {

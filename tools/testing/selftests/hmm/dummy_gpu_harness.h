@@ -33,15 +33,29 @@ static inline int gpu_open(const char *path)
 	return fd < 0 ? -errno : fd;
 }
 
-/* Runs one command: 0 or a negative errno. */
-static inline int run(int fd, struct dummy_gpu_command command)
+/* How often a scenario is repeated. Fewer on kernels with slow checkers. */
+static inline int rounds(void)
+{
+	const char *said = getenv("DUMMY_GPU_ROUNDS");
+
+	return said && atoi(said) > 0 ? atoi(said) : 100;
+}
+
+/* Runs one command, in the way that is given: 0 or a negative errno. */
+static inline int run_with(int (*submit_all)(int, struct dummy_gpu_submit *), int fd,
+			   struct dummy_gpu_command command)
 {
 	struct dummy_gpu_submit submit = gpu_submission(&command, 1);
-	int err = gpu_submit(fd, &submit);
+	int err = submit_all(fd, &submit);
 
 	if (!err && (submit.completed != 1 || submit.fault_address))
 		return -EPROTO;
 	return err;
+}
+
+static inline int run(int fd, struct dummy_gpu_command command)
+{
+	return run_with(gpu_submit, fd, command);
 }
 
 /* A worker of the kernel runs the commands: 0 or a negative errno. */
@@ -55,16 +69,6 @@ static inline int submit_and_wait(int fd, struct dummy_gpu_submit *submit)
 	err = gpu_wait(fd, submit->sequence, ~0ULL, &wait);
 	submit->completed = wait.completed;
 	submit->fault_address = wait.fault_address;
-	return err;
-}
-
-static inline int run_by_worker(int fd, struct dummy_gpu_command command)
-{
-	struct dummy_gpu_submit submit = gpu_submission(&command, 1);
-	int err = submit_and_wait(fd, &submit);
-
-	if (!err && (submit.completed != 1 || submit.fault_address))
-		return -EPROTO;
 	return err;
 }
 

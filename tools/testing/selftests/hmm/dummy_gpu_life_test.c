@@ -21,18 +21,7 @@
 
 #include "dummy_gpu_harness.h"
 
-/*
- * Repetitions of each scenario. DUMMY_GPU_ROUNDS sets it, for kernels with slow
- * checkers.
- */
 #define ROUNDS	rounds()
-
-static int rounds(void)
-{
-	const char *said = getenv("DUMMY_GPU_ROUNDS");
-
-	return said && atoi(said) > 0 ? atoi(said) : 100;
-}
 
 /*
  * The size of most memory: two and a half of the blocks of 16 pages that a CPU
@@ -1492,16 +1481,18 @@ TEST_F_SETS(charge)
  * Reads a byte of each block with the device. The pages stay holes. The faults
  * are serviced by the child, or by a worker of the kernel.
  */
-static int mirroring_child(struct other *other, int (*run)(int, struct dummy_gpu_command))
+static int mirroring_child(struct other *other, int (*submit_all)(int, struct dummy_gpu_submit *))
 {
 	uint8_t *p = map(BLOCKS * BLOCK, PROT_READ | PROT_WRITE);
 	uint64_t *sum = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	int fd = gpu_open(GPU_DEVICE), err = fd < 0 || hear(other);
 
 	/* All that the first command allocates is there before the first count. */
-	err = err || run(fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p, 8)) || tell(other) || hear(other);
+	err = err || run_with(submit_all, fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p, 8)) ||
+	      tell(other) || hear(other);
 	for (size_t i = 1; i < BLOCKS && !err; i++)
-		err = run(fd, gpu_unary(DUMMY_GPU_OP_SUM, sum, p + i * BLOCK, 8));
+		err = run_with(submit_all, fd,
+			       gpu_unary(DUMMY_GPU_OP_SUM, sum, p + i * BLOCK, 8));
 	err = err || tell(other) || hear(other);
 	close(fd);
 	return err || tell(other) || hear(other);
@@ -1512,7 +1503,7 @@ static int mirroring_child(struct other *other, int (*run)(int, struct dummy_gpu
  * process, or a process could use as much as it likes.
  */
 static void charge_of_entries(struct __test_metadata *_metadata, LIFE *self,
-			      int (*run)(int, struct dummy_gpu_command))
+			      int (*submit_all)(int, struct dummy_gpu_submit *))
 {
 	const int64_t entries = (BLOCKS - 1) * (BLOCK / page * sizeof(long)), noise = entries / 10;
 	struct other other;
@@ -1525,7 +1516,7 @@ static void charge_of_entries(struct __test_metadata *_metadata, LIFE *self,
 	pid = spawn(&other);
 	ASSERT_LE(0, pid);
 	if (!pid)
-		_exit(mirroring_child(&other, run));
+		_exit(mirroring_child(&other, submit_all));
 	ASSERT_TRUE(group_child(self, group, pid));
 	for (size_t i = 0; i < ARRAY_SIZE(slab); i++) {
 		ASSERT_EQ(0, tell(&other));
@@ -1545,13 +1536,13 @@ static void charge_of_entries(struct __test_metadata *_metadata, LIFE *self,
 
 TEST_F_SETS(charge_of_entries)
 {
-	charge_of_entries(_metadata, self, run);
+	charge_of_entries(_metadata, self, gpu_submit);
 }
 
 /* What a worker of the kernel allocates is charged to the process, not to the worker. */
 TEST_F_SETS(charge_of_entries_by_a_worker)
 {
-	charge_of_entries(_metadata, self, run_by_worker);
+	charge_of_entries(_metadata, self, submit_and_wait);
 }
 
 /*
@@ -1800,22 +1791,38 @@ static void *look_thread(void *arg)
 	return NULL;
 }
 
-/* Removes the module until the teardown. Returns its file, or skips the test. */
-static const char *module_begin(struct __test_metadata *_metadata, LIFE *self)
+/* The file of the module, or skips the test. */
+static const char *module_file(struct __test_metadata *_metadata)
 {
 	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
-	int err;
 
 	if (access(path, R_OK))
 		SKIP(return NULL, "no %s: DUMMY_GPU_KO=path says where the module is", path);
-	close(self->fd);
-	self->fd = -1;
-	err = module_remove();
+	return path;
+}
+
+/* Removes the module until the teardown, or skips the test. No file may be open. */
+static bool module_begin(struct __test_metadata *_metadata, LIFE *self, const char *path)
+{
+	int err = module_remove();
+
 	if (err)
-		SKIP(return NULL, "the module cannot be removed: %s", strerror(-err));
+		SKIP(return false, "the module cannot be removed: %s", strerror(-err));
 	self->module = path;
 	self->pages = 0;
-	return path;
+	return true;
+}
+
+/* The same for a test that begins with it. Returns the module's file. */
+static const char *without_module(struct __test_metadata *_metadata, LIFE *self)
+{
+	const char *path = module_file(_metadata);
+
+	if (!path)
+		return NULL;
+	close(self->fd);
+	self->fd = -1;
+	return module_begin(_metadata, self, path) ? path : NULL;
 }
 
 /*
@@ -1825,7 +1832,7 @@ static const char *module_begin(struct __test_metadata *_metadata, LIFE *self)
 TEST_F_SETS(module_removed)
 {
 	const size_t size = 4UL << 20;
-	const char *path = module_begin(_metadata, self);
+	const char *path = without_module(_metadata, self);
 	int err;
 
 	if (!path)
@@ -1933,12 +1940,11 @@ TEST_F(life, mirror_keeps_the_module)
 /* Reading an open debugfs file fails with EIO once the module is removed. */
 TEST_F_SETS(module_removed_with_statistics_open)
 {
-	const char *path = getenv("DUMMY_GPU_KO") ?: "/modules/dummy_gpu.ko";
 	char stats[] = "/sys/kernel/debug/dummy_gpu/dummy_gpu0/stats", text[100];
-	int err;
+	const char *path = module_file(_metadata);
 
-	if (access(path, R_OK))
-		SKIP(return, "no %s: DUMMY_GPU_KO=path says where the module is", path);
+	if (!path)
+		return;
 	if (access(stats, R_OK))
 		SKIP(return, "no debugfs");
 	close(self->fd);
@@ -1954,11 +1960,8 @@ TEST_F_SETS(module_removed_with_statistics_open)
 		ASSERT_LE(0, opened);
 		ASSERT_LE(0, half_read);
 		EXPECT_EQ(10, read(half_read, text, 10));
-		err = module_remove();
-		if (err)
-			SKIP(return, "the module cannot be removed: %s", strerror(-err));
-		self->module = path;
-		self->pages = 0;
+		if (!module_begin(_metadata, self, path))
+			return;
 
 		EXPECT_EQ(-1, read(opened, text, sizeof(text)));
 		EXPECT_EQ(EIO, errno);
@@ -2059,7 +2062,7 @@ static uint8_t *map_for_four(const int fd[4])
 TEST_F_SETS(four_devices_flush_at_the_same_time)
 {
 	const unsigned int flush = 100 * 1000;
-	const char *path = module_begin(_metadata, self);
+	const char *path = without_module(_metadata, self);
 	uint64_t start;
 	char device[20];
 	uint8_t *p;
@@ -2100,14 +2103,65 @@ TEST_F_SETS(four_devices_flush_at_the_same_time)
 		close(fd[i]);
 }
 
-/* Ends when it is told to, with memory that the device can access. */
-static int reaped_child(struct other *other, size_t length)
+/* Without and with time for a flush. */
+static const char *const reaped_options[] = { "vram_mb=4", "vram_mb=4 flush_us=1000" };
+
+/* A child with memory that the device can access. */
+struct reaped {
+	struct other other;
+	int fd;
+	int64_t mapped;		/* pages that the device can access */
+};
+
+/* Uses the device, and then ends when it is told to, or takes that much memory. */
+static int reaped_child(struct other *other, size_t length, size_t more)
 {
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	uint8_t *q = map(more + 1, PROT_READ | PROT_WRITE);
 	int fd = gpu_open(GPU_DEVICE);
-	int err = fd < 0 || run(fd, gpu_fill(p, 1, length)) || tell(other) || hear(other);
 
-	return err;
+	if (fd < 0 || run(fd, gpu_fill(p, 1, length)) || tell(other) || hear(other))
+		return 1;
+	memset(q, 1, more);
+	return 0;
+}
+
+/* Lets the child stop on its way out, with its memory. It is in the group, if there is one. */
+static void reaped_begin(struct __test_metadata *_metadata, LIFE *self, struct reaped *r,
+			 const char *options, const char *group, size_t more)
+{
+	int status;
+	pid_t pid;
+
+	ASSERT_EQ(0, module_insert_with(self->module, options));
+	r->fd = open_new();
+	ASSERT_LE(0, r->fd);
+	pid = spawn(&r->other);
+	ASSERT_LE(0, pid);
+	if (!pid)
+		_exit(reaped_child(&r->other, self->length, more));
+	ASSERT_EQ(0, hear(&r->other));
+	if (group)
+		ASSERT_TRUE(group_child(self, group, pid));
+	r->mapped = instance_counter(0, "pages_mapped");
+	ASSERT_EQ(0, ptrace(PTRACE_SEIZE, pid, 0, PTRACE_O_TRACEEXIT));
+	ASSERT_EQ(0, tell(&r->other));
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	ASSERT_EQ(SIGTRAP | PTRACE_EVENT_EXIT << 8, status >> 8);
+}
+
+/* Lets the child end. Then its memory is freed. Returns its status. */
+static int reaped_end(struct __test_metadata *_metadata, LIFE *self, struct reaped *r)
+{
+	int status;
+
+	ASSERT_EQ(0, ptrace(PTRACE_DETACH, r->other.pid, 0, 0));
+	self->grouped = 0;
+	status = ended(&r->other);
+	if (r->mapped >= 0)
+		EXPECT_TRUE(instance_counter_becomes(0, "pages_mapped", 0));
+	close(r->fd);
+	return status;
 }
 
 /*
@@ -2116,109 +2170,48 @@ static int reaped_child(struct other *other, size_t length)
  */
 TEST_F_SETS(memory_that_a_device_must_flush_is_not_reaped)
 {
-	static const char *const options[] = { "vram_mb=4", "vram_mb=4 flush_us=1000" };
-	const char *path = module_begin(_metadata, self);
-
-	if (!path)
+	if (!without_module(_metadata, self))
 		return;
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-		struct other other;
-		int fd, pidfd, err, status;
-		int64_t mapped;
-		pid_t pid;
+	for (size_t i = 0; i < ARRAY_SIZE(reaped_options); i++) {
+		struct reaped r;
+		int pidfd, err;
 
 		if (i)
 			ASSERT_EQ(0, module_remove());
-		ASSERT_EQ(0, module_insert_with(path, options[i]));
-		fd = open_new();
-		ASSERT_LE(0, fd);
-		pid = spawn(&other);
-		ASSERT_LE(0, pid);
-		if (!pid)
-			_exit(reaped_child(&other, self->length));
-		ASSERT_EQ(0, hear(&other));
-		mapped = instance_counter(0, "pages_mapped");
-		/* It stops on its way out, with its memory. */
-		ASSERT_EQ(0, ptrace(PTRACE_SEIZE, pid, 0, PTRACE_O_TRACEEXIT));
-		ASSERT_EQ(0, tell(&other));
-		ASSERT_EQ(pid, waitpid(pid, &status, 0));
-		ASSERT_EQ(SIGTRAP | PTRACE_EVENT_EXIT << 8, status >> 8);
-		pidfd = syscall(__NR_pidfd_open, pid, 0);
+		reaped_begin(_metadata, self, &r, reaped_options[i], NULL, 0);
+		pidfd = syscall(__NR_pidfd_open, r.other.pid, 0);
 		ASSERT_LE(0, pidfd);
 		err = syscall(__NR_process_mrelease, pidfd, 0) ? -errno : 0;
 		EXPECT_EQ(i ? -EAGAIN : 0, err);
-		if (mapped >= 0)
-			EXPECT_EQ(i ? mapped : 0, instance_counter(0, "pages_mapped"));
-		ASSERT_EQ(0, ptrace(PTRACE_DETACH, pid, 0, 0));
-		EXPECT_EQ(0, ended(&other));
-		if (mapped >= 0)
-			EXPECT_TRUE(instance_counter_becomes(0, "pages_mapped", 0));
+		if (r.mapped >= 0)
+			EXPECT_EQ(i ? r.mapped : 0, instance_counter(0, "pages_mapped"));
+		EXPECT_EQ(0, reaped_end(_metadata, self, &r));
 		close(pidfd);
-		close(fd);
 	}
-}
-
-/* Runs out of the memory of its cgroup, with memory that the device can access. */
-static int oom_child(struct other *other, size_t length)
-{
-	const size_t more = 64UL << 20;
-	uint8_t *p = map(length, PROT_READ | PROT_WRITE), *q = map(more, PROT_READ | PROT_WRITE);
-	int fd = gpu_open(GPU_DEVICE);
-
-	if (fd < 0 || run(fd, gpu_fill(p, 1, length)) || tell(other) || hear(other))
-		return 1;
-	memset(q, 1, more);
-	return 2;
 }
 
 /* The same for the OOM reaper. It tries for some seconds after the kill. */
 TEST_F_SETS(memory_that_a_device_must_flush_is_not_reaped_after_an_oom_kill)
 {
-	static const char *const options[] = { "vram_mb=4", "vram_mb=4 flush_us=1000" };
 	char group[100], file[120];
-	const char *path;
 
-	if (!charge_begin(_metadata, self, group))
-		return;
-	path = module_begin(_metadata, self);
-	if (!path)
+	if (!charge_begin(_metadata, self, group) || !without_module(_metadata, self))
 		return;
 	snprintf(file, sizeof(file), "%s/memory.max", group);
 	ASSERT_TRUE(write_to(file, "16M"));
 	snprintf(file, sizeof(file), "%s/memory.swap.max", group);
 	write_to(file, "0");
-	for (size_t i = 0; i < ARRAY_SIZE(options); i++) {
-		struct other other;
-		int64_t mapped;
-		int fd, status;
-		pid_t pid;
+	for (size_t i = 0; i < ARRAY_SIZE(reaped_options); i++) {
+		struct reaped r;
 
 		if (i)
 			ASSERT_EQ(0, module_remove());
-		ASSERT_EQ(0, module_insert_with(path, options[i]));
-		fd = open_new();
-		ASSERT_LE(0, fd);
-		pid = spawn(&other);
-		ASSERT_LE(0, pid);
-		if (!pid)
-			_exit(oom_child(&other, self->length));
-		ASSERT_EQ(0, hear(&other));
-		ASSERT_TRUE(group_child(self, group, pid));
-		mapped = instance_counter(0, "pages_mapped");
-		ASSERT_EQ(0, ptrace(PTRACE_SEIZE, pid, 0, PTRACE_O_TRACEEXIT));
-		ASSERT_EQ(0, tell(&other));
-		ASSERT_EQ(pid, waitpid(pid, &status, 0));
-		ASSERT_EQ(SIGTRAP | PTRACE_EVENT_EXIT << 8, status >> 8);
+		reaped_begin(_metadata, self, &r, reaped_options[i], group, 64UL << 20);
 		if (i)
 			sleep(4);
-		if (mapped >= 0)
-			EXPECT_TRUE(instance_counter_becomes(0, "pages_mapped", i ? mapped : 0));
-		ASSERT_EQ(0, ptrace(PTRACE_DETACH, pid, 0, 0));
-		self->grouped = 0;
-		EXPECT_TRUE(was_killed(ended(&other), SIGKILL));
-		if (mapped >= 0)
-			EXPECT_TRUE(instance_counter_becomes(0, "pages_mapped", 0));
-		close(fd);
+		if (r.mapped >= 0)
+			EXPECT_TRUE(instance_counter_becomes(0, "pages_mapped", i ? r.mapped : 0));
+		EXPECT_TRUE(was_killed(reaped_end(_metadata, self, &r), SIGKILL));
 	}
 	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
 }
