@@ -136,6 +136,7 @@ impl MirroredMm<'_> {
     /// - [`EINVAL`] if the mirror was not made with `pool`.
     /// - [`EFAULT`] if there is no VMA at the start of `range`.
     /// - [`EINTR`] if the task received a fatal signal.
+    /// - [`ESRCH`] if the process has gone while invalidations collided.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     /// - [`ENOMEM`] if the pool is full and nothing can be evicted, or if there is no memory for
     ///   the region.
@@ -143,7 +144,8 @@ impl MirroredMm<'_> {
     ///   [`PoolOps::copy`].
     ///
     /// An error means that no page has moved. If some pages have moved, the call succeeds, even if
-    /// it could not go on because of an error or a fatal signal.
+    /// it could not go on because of an error or a fatal signal. It is no error if invalidations
+    /// collide: pages that they take away do not migrate.
     #[inline]
     pub fn migrate_to_device<T: PoolOps>(
         &self,

@@ -26,7 +26,7 @@ use kernel::{
 /// The address space of a [`Mirror`], for a task that faults or migrates pages of it.
 ///
 /// While this exists, the address space is not torn down, even if the process exits. So hold it for
-/// one piece of work only, and never wait for the process with it.
+/// one fault or migration only, and never wait for the process with it.
 ///
 /// Any task may hold it, a work item or a kthread too. The work is done for the process:
 ///
@@ -132,12 +132,16 @@ impl<'a> MirroredMm<'a> {
         users <= *ours
     }
 
-    /// Calls `f` and returns what it returns. What `f` allocates with `__GFP_ACCOUNT`, a page table
-    /// of the device for example, is charged to the process.
+    /// Calls `f` and returns what it returns. What `f` allocates with `__GFP_ACCOUNT`, as in
+    /// [`GFP_KERNEL_ACCOUNT`], is charged to the process: a page table of the device, for example.
     ///
     /// # Context
     ///
-    /// `f` may sleep.
+    /// That of `f`, which may sleep and call any method of this type.
+    ///
+    /// # Errors
+    ///
+    /// Those of `f`.
     #[inline]
     pub fn charge<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
         let mut f = Some(f);

@@ -46,8 +46,9 @@ kernel::static_assert!(REGION_ORDER >= LEAF_ORDER);
 
 /// The callbacks with which a driver follows changes of the address space.
 pub trait MirrorOps: Send + Sync {
-    /// Stops the use of `event.range()` by the device. When this returns, the device must no longer
-    /// use any translation that the driver has made for the range, TLB entries included.
+    /// Stops the use of `event.range()` by the device. When this returns [`Invalidate::done`], the
+    /// device must no longer use any translation that the driver has made for the range, TLB
+    /// entries included.
     ///
     /// The core has already erased its entries of the range, so that nothing in it can be read,
     /// written or committed until the driver faults it again. The core does not call this if the
@@ -55,8 +56,10 @@ pub trait MirrorOps: Send + Sync {
     /// [`Cause::Release`], for which the core calls this once for each region that has been used.
     ///
     /// A driver that has to wait for its device starts the work and returns
-    /// [`Invalidate::flushing`]. The core then waits with [`Flush::wait`], after all devices that
-    /// mirror the range have started. So the work of several devices takes the time of one.
+    /// [`Invalidate::flushing`]. Then the device may use the old translations until
+    /// [`Flush::wait`] returns, and mm does not go on before. The core calls it after all devices
+    /// that mirror the range have started, so the work of several devices takes the time of one.
+    /// This is called for each region, one after the other: a large event has as many waits.
     ///
     /// # Context
     ///
@@ -68,8 +71,8 @@ pub trait MirrorOps: Send + Sync {
     /// lock, then the driver's own locks.
     fn invalidate<'op>(&self, event: Invalidate<'op>) -> Invalidated<'op>;
 
-    /// Whether [`MirrorOps::invalidate`], or the [`Flush::wait`] that follows it, may sleep. The
-    /// answer is always the same.
+    /// Whether [`MirrorOps::invalidate`], or the [`Flush::wait`] that follows it, may sleep. By
+    /// default it may not. The answer is always the same.
     ///
     /// If so, the core refuses events that must not block, before anything has changed, when it
     /// would have to call the driver. Such events come from the OOM reaper and from
@@ -81,6 +84,8 @@ pub trait MirrorOps: Send + Sync {
 }
 
 /// Work of a device that [`MirrorOps::invalidate`] has started: a flush of a TLB, for example.
+///
+/// The core drops its references at the end of the event, in the context of [`Flush::wait`].
 pub trait Flush: Send + Sync {
     /// Waits until the work that `fence` stands for has ended. `fence` is what the driver has
     /// passed to [`Invalidate::flushing`].
@@ -89,20 +94,25 @@ pub trait Flush: Send + Sync {
     ///
     /// As for [`MirrorOps::invalidate`], but without the region's lock, unless another flush in the
     /// region is waited for already. Several tasks may wait for the same fence. mm waits for this,
-    /// so the time must be bounded.
+    /// with locks held and also in reclaim. So the time must be bounded even if the device hangs,
+    /// and what signals the fence must need neither memory nor a lock that is held during an
+    /// allocation.
     fn wait(&self, fence: u64);
 }
 
 /// Why mm invalidates a range.
 ///
-/// A driver may ignore this. It can use it to keep what it needs no more than before, and to free
-/// what it does not need any more.
+/// Whatever the cause, the device must stop using its translations of the range. The cause says
+/// what is worth keeping: after [`Cause::Unmap`] and [`Cause::Release`] a driver can free what it
+/// has stored about the addresses, such as tables and policies. After all others the device is
+/// likely to fault the same pages again.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// The addresses are unmapped, or their memory is moved to others (`MMU_NOTIFY_UNMAP`).
     Unmap,
     /// The process may access the pages in another way than before, or mm wants to see their next
     /// write (`MMU_NOTIFY_PROTECTION_VMA`, `MMU_NOTIFY_PROTECTION_PAGE`, `MMU_NOTIFY_SOFT_DIRTY`).
+    /// Reads must stop too: it is not said which access is left.
     Protect,
     /// Pages are replaced or taken away, for reclaim, `madvise()` or copy-on-write for example
     /// (`MMU_NOTIFY_CLEAR`).
@@ -114,8 +124,9 @@ pub enum Cause {
     OtherMigration,
     /// A page is made exclusive to this device or another one (`MMU_NOTIFY_EXCLUSIVE`).
     Exclusive,
-    /// No process has the address space any more. There is no further fault in the region
-    /// (`MMU_NOTIFY_RELEASE`).
+    /// No process has the address space any more (`MMU_NOTIFY_RELEASE`). There is no further fault.
+    /// A region that has been used is told once, with or without entries. This is not the end of
+    /// the mirror, and dropping the mirror while the process lives does not cause it.
     Release,
 }
 

@@ -267,6 +267,7 @@ fn wait(client: &Client, arg: UserPtr) -> Result {
     const WORDS: usize = words!(dummy_gpu_wait);
     const OUTPUT: usize = word!(dummy_gpu_wait.completed);
     static_assert!(word!(dummy_gpu_wait.fault_address) == OUTPUT + 1);
+    static_assert!(word!(dummy_gpu_wait.ended) == OUTPUT + 2);
 
     let user = Extensible::<WORDS>::new(arg)?;
     let wait = user.read()?;
@@ -274,12 +275,15 @@ fn wait(client: &Client, arg: UserPtr) -> Result {
         return Err(EINVAL);
     }
     user.write(word!(dummy_gpu_wait.size), &[(WORDS * WORD) as u64])?;
-    user.write(OUTPUT, &[0, 0])?;
+    user.write(OUTPUT, &[0, 0, 0])?;
 
     let timeout = i64::try_from(wait[word!(dummy_gpu_wait.timeout)]).unwrap_or(i64::MAX);
     let sequence = wait[word!(dummy_gpu_wait.sequence)];
     match client.queue.wait(sequence, Delta::from_nanos(timeout)) {
-        Ok(outcome) => report(&user, OUTPUT, outcome),
+        Ok(outcome) => {
+            let told = user.write(word!(dummy_gpu_wait.ended), &[1]);
+            report(&user, OUTPUT, outcome).and(told)
+        }
         Err(NoOutcome { error, left }) => {
             // The wait may be started again after a signal.
             let left = left.as_nanos().max(0) as u64;

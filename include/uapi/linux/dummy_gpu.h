@@ -18,8 +18,9 @@
  * open() binds the file to the address space of the calling task, and may fail
  * with ENOMEM. Commands take plain pointers into that address space. The memory
  * can be of any kind, and need not be registered, pinned or copied before. The
- * file can be inherited or passed to another process, but is of no use there:
- * an ioctl from a task with another mm fails with EPERM.
+ * file can be inherited or passed to another process, or kept over exec(), but
+ * is of little use there: an ioctl from a task with another mm fails with
+ * EPERM. Only poll() works.
  *
  * All fields of the structures are __u64. Addresses, lengths and sizes are in
  * bytes.
@@ -166,7 +167,7 @@ struct dummy_gpu_command {
  * @completed: Output: number of commands that completed
  * @fault_address: Output: address that the device could not access, or 0
  * @sequence: Output: the number of the submission, with DUMMY_GPU_SUBMIT_ASYNC;
- *            otherwise 0
+ *            otherwise, and on any error, 0
  *
  * Run an array of commands in order and wait for the end of the last one.
  * Commands of submissions that run at the same time are not ordered.
@@ -204,13 +205,20 @@ struct dummy_gpu_command {
  * a page in it. Otherwise @fault_address is 0.
  *
  * With DUMMY_GPU_SUBMIT_ASYNC the ioctl returns after the checks, and the
- * commands run later, after those that were submitted to this file in the same
- * way before. DUMMY_GPU_IOC_WAIT returns their outcome. The process may use its
- * memory, unmap it or exit meanwhile. If the file is closed, no further command
- * starts. The two additional errors are:
+ * commands run later. DUMMY_GPU_IOC_WAIT returns their outcome. The submissions
+ * that were made to a file in this way run one after the other, in the order of
+ * their numbers, which start at 1. If one fails, the next one runs all the
+ * same. They are not ordered with commands that are submitted without the flag.
+ *
+ * The process may use its memory, unmap it or exit meanwhile. The memory is
+ * accessed as it is mapped when a command needs it, and the protection keys of
+ * the submitting thread do not apply. When the last reference to the file is
+ * closed, the command that runs ends after the page that it works on, no other
+ * one starts, and all outcomes are lost. The two additional errors are:
  *
  *  - EAGAIN: 64 submissions of this file were not waited for yet.
- *  - ENFILE: Too many files of the device have submitted commands in this way.
+ *  - ENFILE: 512 open files of this instance have submitted commands in this
+ *    way.
  */
 struct dummy_gpu_submit {
 	__u64 size;
@@ -233,25 +241,29 @@ struct dummy_gpu_submit {
  * @size: sizeof(struct dummy_gpu_wait)
  * @flags: Must be 0
  * @sequence: The number of a submission, from DUMMY_GPU_IOC_SUBMIT
- * @timeout: How long to wait at most, in nanoseconds. 0 does not wait. If a
- *           signal ends the wait, the rest of the time is written back, so that
- *           the ioctl can be started again.
+ * @timeout: How long to wait at most, in nanoseconds of CLOCK_MONOTONIC. 0 does
+ *           not wait, and values above 2^63 - 1, which are 292 years, count as
+ *           this value. After ETIME and EINTR it is what is left of the time,
+ *           so that the ioctl can be called again.
  * @completed: Output: number of commands that completed
  * @fault_address: Output: address that the device could not access, or 0
+ * @ended: Output: 1 if the submission has ended, otherwise 0
  *
  * Wait for a submission that was made with DUMMY_GPU_SUBMIT_ASYNC, and get its
  * outcome: the ioctl returns, and writes to @completed and @fault_address, what
- * DUMMY_GPU_IOC_SUBMIT would have returned and written. Each outcome can be
- * got once. No command of the submission is running then.
+ * DUMMY_GPU_IOC_SUBMIT would have returned and written, and sets @ended to 1.
+ * Each outcome can be got once. No command of the submission is running then.
  *
- * poll() reports POLLIN if there is an outcome to get, and POLLOUT if another
- * submission can be made.
- *
- * The following errors say that there is no outcome:
+ * If @ended is 0, the error is not one of the submission:
  *
  *  - EINVAL: This file has no such submission, or its outcome was got before.
  *  - ETIME: The submission did not end in time.
  *  - EINTR: A signal arrived, and its handler does not restart system calls.
+ *
+ * The general errors do not change @ended: set it to 0 before the call.
+ *
+ * poll() reports POLLIN if there is an outcome to get, and POLLOUT if another
+ * submission can be made.
  */
 struct dummy_gpu_wait {
 	__u64 size;
@@ -260,6 +272,7 @@ struct dummy_gpu_wait {
 	__u64 timeout;
 	__u64 completed;
 	__u64 fault_address;
+	__u64 ended;
 };
 
 #define DUMMY_GPU_IOC_WAIT _IO(DUMMY_GPU_IOC_TYPE, DUMMY_GPU_CMD_WAIT)

@@ -137,6 +137,7 @@ TEST_F(async, wait_returns_what_submit_would_have)
 	EXPECT_NE(0, first);
 	ASSERT_EQ(0, gpu_wait(self->fd, first, 20 * SECOND, &wait));
 	EXPECT_EQ(sizeof(wait), wait.size);
+	EXPECT_EQ(1, wait.ended);
 	EXPECT_EQ(2, wait.completed);
 	EXPECT_EQ(0, wait.fault_address);
 	EXPECT_EQ(BUFFER / 8 * 0x0101010101010101ULL, *self->result);
@@ -144,7 +145,7 @@ TEST_F(async, wait_returns_what_submit_would_have)
 
 	/* Another number each time, and each outcome once. */
 	ASSERT_EQ(0, submit(self->fd, commands[0], &second));
-	EXPECT_LT(first, second);
+	EXPECT_EQ(first + 1, second);
 	EXPECT_EQ(-EINVAL, gpu_wait(self->fd, first, 20 * SECOND, &wait));
 	EXPECT_EQ(-EINVAL, gpu_wait(self->fd, 0, 20 * SECOND, &wait));
 	EXPECT_EQ(-EINVAL, gpu_wait(self->fd, second + 1, 20 * SECOND, &wait));
@@ -174,6 +175,7 @@ TEST_F(async, errors_reach_wait)
 	ASSERT_EQ(0, munmap(p + 2 * page, page));
 	ASSERT_EQ(0, gpu_submit_async(self->fd, &submit));
 	EXPECT_EQ(-EFAULT, gpu_wait(self->fd, submit.sequence, 20 * SECOND, &wait));
+	EXPECT_EQ(1, wait.ended);
 	EXPECT_EQ(1, wait.completed);
 	EXPECT_EQ(gpu_addr(p + 2 * page), wait.fault_address);
 	EXPECT_EQ(1, p[0]);
@@ -181,11 +183,13 @@ TEST_F(async, errors_reach_wait)
 	ASSERT_EQ(0, mprotect(p + page, page, PROT_READ));
 	ASSERT_EQ(0, gpu_submit_async(self->fd, &submit));
 	EXPECT_EQ(-EPERM, gpu_wait(self->fd, submit.sequence, 20 * SECOND, &wait));
+	EXPECT_EQ(1, wait.ended);
 	EXPECT_EQ(1, wait.completed);
 	EXPECT_EQ(gpu_addr(p + page), wait.fault_address);
 
 	/* An outcome of nothing is no outcome. */
 	EXPECT_EQ(-EINVAL, gpu_wait(self->fd, submit.sequence, 20 * SECOND, &wait));
+	EXPECT_EQ(0, wait.ended);
 	EXPECT_EQ(0, wait.completed);
 	munmap(p, 4 * page);
 }
@@ -252,6 +256,7 @@ TEST_F(async, a_wait_ends_in_time)
 	EXPECT_EQ(-ETIME, gpu_wait(self->fd, parking.sequence, 50 * MS, &wait));
 	EXPECT_LE(50 * 1000, microseconds() - start);
 	EXPECT_EQ(0, wait.timeout);
+	EXPECT_EQ(0, wait.ended);
 	EXPECT_EQ(0, wait.completed);
 
 	ASSERT_EQ(0, let_go(&parking));
@@ -281,6 +286,7 @@ TEST_F(async, signals_end_or_restart_a_wait)
 	EXPECT_EQ(-EINTR, gpu_wait(self->fd, parking.sequence, 20 * SECOND, &wait));
 	EXPECT_GT(20 * SECOND, wait.timeout);
 	EXPECT_LT(0, wait.timeout);
+	EXPECT_EQ(0, wait.ended);
 
 	/* Started again, it waits for the rest of the time only. */
 	ASSERT_EQ(0, setitimer(ITIMER_REAL, &off, NULL));
@@ -586,8 +592,13 @@ TEST_F(async, another_process_cannot_wait)
 	ASSERT_EQ(0, submit(self->fd, gpu_fill(self->result, 1, 8), &sequence));
 	pid = fork();
 	ASSERT_LE(0, pid);
-	if (!pid)
-		_exit(finish(self->fd, sequence) == -EPERM ? 0 : 1);
+	if (!pid) {
+		struct dummy_gpu_wait wait;
+		int err = gpu_wait(self->fd, sequence, 0, &wait);
+
+		_exit(err == -EPERM && wait.ended == GPU_UNTOUCHED &&
+		      ready(self->fd, 0) & POLLOUT ? 0 : 1);
+	}
 	EXPECT_EQ(0, wait_child(pid, 20));
 	EXPECT_EQ(0, finish(self->fd, sequence));
 }

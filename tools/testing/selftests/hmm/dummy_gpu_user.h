@@ -86,6 +86,7 @@ static inline int gpu_wait(int fd, uint64_t sequence, uint64_t timeout, struct d
 		.timeout = timeout,
 		.completed = GPU_UNTOUCHED,
 		.fault_address = GPU_UNTOUCHED,
+		.ended = GPU_UNTOUCHED,
 	};
 	return gpu_ioctl(fd, DUMMY_GPU_IOC_WAIT, wait);
 }
