@@ -127,14 +127,15 @@ impl WorkItem for Inner {
 /// driver leaks a mirror (by a cycle of references, say), its module cannot be unloaded, but
 /// nothing else breaks.
 ///
-/// Dropping a mirror does not call [`MirrorOps::invalidate`], and nobody tells the driver of changes
-/// afterwards. So the device must have stopped using its translations before, TLB entries included.
+/// Dropping a mirror does not call [`MirrorOps::invalidate`], and nobody tells the driver of
+/// changes afterwards. So the device must have stopped using its translations before, TLB entries
+/// included.
 ///
 /// The drop sleeps: it waits for the running invalidations of the process, which hold locks of mm
-/// and may be part of reclaim. So never drop a mirror with `mmap_lock`, a VMA lock or a lock that is
-/// taken under one of them or in reclaim, nor with a lock that [`MirrorOps::invalidate`] or the end
-/// of a [`Flush`](super::Flush) needs. If a mirror is dropped in a callback or closure that this
-/// crate runs, a work item drops its contents later.
+/// and may be part of reclaim. So never drop a mirror with `mmap_lock`, a VMA lock or a lock that
+/// is taken under one of them or in reclaim, nor with a lock that [`MirrorOps::invalidate`] or the
+/// end of a [`Flush`](super::Flush) needs. If a mirror is dropped in a callback or closure that
+/// this crate runs, a work item drops its contents later.
 pub struct Mirror {
     inner: ManuallyDrop<Pin<KBox<Inner>>>,
 }
