@@ -11,6 +11,7 @@ use super::{
     range::PageRange, //
 };
 use core::marker::PhantomData;
+use kernel::dma::DmaAddress;
 
 /// Proof that the report of a window is valid.
 ///
@@ -25,6 +26,7 @@ pub struct Commit<'c> {
     window: PageRange,
     needed: Option<PageRange>,
     pfns: &'c [usize],
+    addresses: &'c [DmaAddress],
 }
 
 /// What the device may access at the address of a page.
@@ -119,12 +121,29 @@ impl WritePage<'_> {
 impl<'c> Commit<'c> {
     /// Creates the commit of `window`. `pfns` has an element for each page of it, with what is
     /// installed as its entry. The region's lock is held for write while the commit exists.
-    pub(crate) fn new(window: PageRange, needed: Option<PageRange>, pfns: &'c [usize]) -> Self {
+    /// `addresses` says where the device finds each page, or is empty.
+    pub(crate) fn new(
+        window: PageRange,
+        needed: Option<PageRange>,
+        pfns: &'c [usize],
+        addresses: &'c [DmaAddress],
+    ) -> Self {
         Self {
             window,
             needed,
             pfns,
+            addresses,
         }
+    }
+
+    #[inline]
+    pub(crate) fn pfns(&self) -> &[usize] {
+        self.pfns
+    }
+
+    #[inline]
+    pub(crate) fn addresses(&self) -> &[DmaAddress] {
+        self.addresses
     }
 
     /// The window, in which every page has an [`Entry`].

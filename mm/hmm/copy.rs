@@ -24,6 +24,11 @@ pub struct DeviceRange {
 }
 
 impl DeviceRange {
+    #[inline]
+    pub(crate) fn new(start: usize, len: usize) -> Self {
+        Self { start, len }
+    }
+
     /// The offset of the range from the start of the device's memory, in bytes.
     #[inline]
     pub fn start(&self) -> usize {

@@ -5,6 +5,7 @@
 use super::{
     callback::Callback,
     cpu_fault,
+    dma::Dma,
     evict::{
         close,
         evict_all, //
@@ -12,10 +13,11 @@ use super::{
     mirror::Mirror,
     pool::{
         self,
+        DriverOps,
         Pool, //
     },
     pool_ops::{
-        Ops,
+        CpuAccess,
         PoolOps, //
     },
     region::MirrorOps, //
@@ -87,6 +89,8 @@ fn unlist(is_meant: impl Fn(&Pool) -> bool) -> Option<Arc<Pool>> {
 /// [`PoolOps::copy`] fails, because the data of processes must not be lost. Drop a pool only where
 /// sleeping is allowed, and with no lock held that [`PoolOps`] takes.
 ///
+/// The exception is a device that is lost: see [`DevicePool::lost`].
+///
 /// A pool that is leaked, or dropped in a callback or closure that this crate runs, ends with its
 /// module: all of the above then happens after the module's exit function.
 pub struct DevicePool<T: PoolOps> {
@@ -115,8 +119,46 @@ impl<T: PoolOps> DevicePool<T> {
     #[inline]
     pub fn new(
         module: &'static ThisModule,
-        name: &'static CStr,
+        name: &CStr,
         ops: Arc<T>,
+        chunk_pages: usize,
+        max_chunks: usize,
+    ) -> Result<Self> {
+        let ops = DriverOps { ops, cpu: None };
+        Self::with(module, name, ops, chunk_pages, max_chunks)
+    }
+
+    /// Like [`DevicePool::new`], for a device that is made of software:
+    /// [`Mirror::read`](super::Mirror::read) and [`Mirror::write`](super::Mirror::write) reach its
+    /// memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DevicePool::new`].
+    #[inline]
+    pub fn with_cpu_access(
+        module: &'static ThisModule,
+        name: &CStr,
+        ops: Arc<T>,
+        chunk_pages: usize,
+        max_chunks: usize,
+    ) -> Result<Self>
+    where
+        T: CpuAccess,
+    {
+        let cpu: Arc<dyn CpuAccess> = ops.clone();
+        let ops = DriverOps {
+            ops,
+            cpu: Some(cpu),
+        };
+        Self::with(module, name, ops, chunk_pages, max_chunks)
+    }
+
+    #[inline]
+    fn with(
+        module: &'static ThisModule,
+        name: &CStr,
+        ops: DriverOps,
         chunk_pages: usize,
         max_chunks: usize,
     ) -> Result<Self> {
@@ -124,6 +166,35 @@ impl<T: PoolOps> DevicePool<T> {
             pool: ManuallyDrop::new(pool_new(module, name, ops, chunk_pages, max_chunks)?),
             _ops: PhantomData,
         })
+    }
+
+    /// Gives the device up, for example because it has failed for good or was pulled out.
+    ///
+    /// [`PoolOps::copy`] is not called any more. This waits for the callbacks that are running,
+    /// gives the data of all pages back with [`PoolOps::page_freed`], and drops the object that
+    /// implements [`PoolOps`]. A callback must return although the device does not answer.
+    ///
+    /// The contents of the pages that are in the device's memory are lost. A CPU that accesses such
+    /// a page gets SIGBUS, and a fault for a device [`EFAULT`]; it never finds other contents. All
+    /// other memory of the processes is intact. The `struct page`s stay until the processes have
+    /// freed the last of these pages, and nobody waits for that.
+    ///
+    /// From then on [`MirroredMm::migrate_to_device`](super::MirroredMm::migrate_to_device) and
+    /// [`DevicePool::evict`] fail with [`ENODEV`], and dropping the pool does not wait. Doing this
+    /// again does nothing. A [`PoolOps::copy`] that fails with [`ENODEV`] begins the same, but the
+    /// object stays until this is called or the pool is dropped.
+    ///
+    /// # Context
+    ///
+    /// Sleeps. The caller holds no lock that [`PoolOps`] takes.
+    ///
+    /// # Errors
+    ///
+    /// [`EDEADLK`] if called from a callback or closure that this crate runs. [`PoolOps::copy`]
+    /// fails with [`ENODEV`] instead.
+    #[inline]
+    pub fn lost(&self) -> Result {
+        pool_lost(&self.pool)
     }
 
     /// Migrates all pages in use back to system memory, for example before the device loses power.
@@ -140,6 +211,7 @@ impl<T: PoolOps> DevicePool<T> {
     /// - [`EBUSY`] if some pages are still in use because somebody has references to them.
     /// - [`ENOMEM`], and those of [`PoolOps::copy`], if pages are still in use for this reason.
     /// - [`EINTR`] on a fatal signal.
+    /// - [`ENODEV`] if the device is lost.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     #[inline]
     pub fn evict(&self) -> Result {
@@ -176,7 +248,7 @@ impl Mirror {
         ops: Arc<dyn MirrorOps>,
         pool: &DevicePool<T>,
     ) -> Result<Self> {
-        mirror_new_with_pool(module, ops, pool.pool())
+        mirror_new_with_pool(module, ops, pool.pool(), None)
     }
 }
 
@@ -184,8 +256,8 @@ impl Mirror {
 #[export_name = "rust_hmm_pool_new"]
 fn pool_new(
     module: &'static ThisModule,
-    name: &'static CStr,
-    ops: Arc<dyn Ops>,
+    name: &CStr,
+    ops: DriverOps,
     chunk_pages: usize,
     max_chunks: usize,
 ) -> Result<Arc<Pool>> {
@@ -210,6 +282,14 @@ fn pool_evict(pool: &Arc<Pool>) -> Result {
 }
 
 #[inline(never)]
+#[export_name = "rust_hmm_pool_lost"]
+fn pool_lost(pool: &Arc<Pool>) -> Result {
+    Callback::refuse()?;
+    Pool::give_up(pool);
+    Ok(())
+}
+
+#[inline(never)]
 #[export_name = "rust_hmm_pool_drop"]
 fn pool_drop(pool: Arc<Pool>) {
     if Callback::is_running() {
@@ -226,10 +306,11 @@ fn pool_drop(pool: Arc<Pool>) {
 
 #[inline(never)]
 #[export_name = "rust_hmm_mirror_new_with_pool"]
-fn mirror_new_with_pool(
+pub(crate) fn mirror_new_with_pool(
     module: &'static ThisModule,
     ops: Arc<dyn MirrorOps>,
     pool: &Arc<Pool>,
+    dma: Option<&Arc<Dma>>,
 ) -> Result<Mirror> {
-    Mirror::with(module, ops, Some(pool.clone()))
+    Mirror::with(module, ops, Some(pool.clone()), dma)
 }

@@ -8,6 +8,11 @@
 //! caller of [`Entries::install`] allocates a leaf beforehand.
 
 use super::{
+    dma::{
+        LeafMap,
+        Maps,
+        StaysBound, //
+    },
     pfn::{
         Access,
         HmmPfn, //
@@ -18,6 +23,7 @@ use super::{
 use core::ops::Range;
 use kernel::{
     bindings,
+    dma::DmaAddress,
     page::{
         PAGE_MASK,
         PAGE_SIZE, //
@@ -70,6 +76,8 @@ enum Place {
 pub(crate) struct Entries {
     range: PageRange,
     leaves: KVec<Option<KBox<Leaf>>>,
+    /// The DMA mappings of the pages, if the mirror is for a device that does DMA.
+    maps: Option<Maps>,
 }
 
 impl Entries {
@@ -84,11 +92,22 @@ impl Entries {
         let mut this = Self {
             range,
             leaves: KVec::with_capacity(leaves, GFP_KERNEL_ACCOUNT)?,
+            maps: None,
         };
         for _ in 0..leaves {
             this.leaves.push(None, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(this)
+    }
+
+    /// Adds a store for the DMA mappings of the pages.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn with_maps(mut self) -> Result<Self> {
+        self.maps = Some(Maps::new(self.leaves.len())?);
+        Ok(self)
     }
 
     /// The number of leaves that are allocated.
@@ -210,6 +229,86 @@ impl Entries {
         erased
     }
 
+    /// Makes room for the DMA mappings of a leaf's pages.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new_map(bound: &StaysBound<'_>) -> Result<KBox<LeafMap>> {
+        LeafMap::new(bound, LEAF_PAGES)
+    }
+
+    /// Whether there is room for the DMA mappings of the leaf of `va`.
+    pub(crate) fn has_map(&self, va: usize) -> bool {
+        match (&self.maps, self.position(va)) {
+            (Some(maps), Some((leaf, _))) => maps.has_leaf(leaf),
+            _ => false,
+        }
+    }
+
+    /// Maps the pages of `range`, which lies in one leaf, for DMA. `pfns` has one element for each
+    /// page. Uses `spare` if there is no room yet. To be called before [`Entries::install`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Maps::map`]. If there are no entries for what was mapped, the next invalidation
+    /// ends the mappings.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Entries::install`].
+    pub(crate) unsafe fn map(
+        &mut self,
+        range: PageRange,
+        pfns: impl Iterator<Item = HmmPfn>,
+        spare: &mut Option<KBox<LeafMap>>,
+    ) -> Result {
+        let (leaf, page) = self.position(range.start()).ok_or(EINVAL)?;
+        match &mut self.maps {
+            // SAFETY: The caller ensures the conditions (see the # Safety section).
+            Some(maps) => unsafe { maps.map(leaf, page, pfns, spare) },
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the DMA mappings of those pages in `range` that have no entry any more, and marks those
+    /// of them dirty that the device could write to. The device must have stopped using them.
+    ///
+    /// # Safety
+    ///
+    /// These pages were not freed: their entries were erased in an invalidation that is not over,
+    /// or none has begun.
+    pub(crate) unsafe fn unmap(&mut self, range: PageRange) {
+        let Some(mut maps) = self.maps.take() else {
+            return;
+        };
+        for (leaf, part) in self.parts(range) {
+            let entries = self.leaves.get(leaf).and_then(Option::as_ref);
+            let is_stale = |page| entries.is_none_or(|leaf| leaf.0[page] == HmmPfn::NONE);
+            // SAFETY: A page without an entry was not freed (see the # Safety section).
+            unsafe { maps.unmap(leaf, part, is_stale) };
+        }
+        self.maps = Some(maps);
+    }
+
+    /// Where the device finds the page at `va`, which has an entry: the DMA address, or for a page
+    /// of the device's own memory the offset in it.
+    pub(crate) fn address(&self, va: usize) -> Option<DmaAddress> {
+        let (leaf, index) = self.position(va)?;
+        match self.page(va, 0, Access::Read)? {
+            // SAFETY: The page belongs to the pool, and is not freed while the region's lock is
+            // held.
+            (page, Place::Device) => Some(unsafe { Pool::address(page) } as DmaAddress),
+            (_, Place::Ram) => self.maps.as_ref()?.address(leaf, index),
+        }
+    }
+
+    /// The number of pages that are mapped for the device, with or without an entry.
+    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
+    pub(crate) fn mapped(&self) -> usize {
+        self.maps.as_ref().map_or(0, Maps::used)
+    }
+
     /// Copies the bytes at `va` to `buf`.
     ///
     /// Returns `false`, and copies nothing, if the entry of the page does not allow a read or the
@@ -224,8 +323,7 @@ impl Entries {
             // a page marked as a device page belongs to the pool. It is not freed while the
             // region's lock is held, since the notifier callback takes the lock for write before
             // mm unmaps the page.
-            unsafe { Pool::read(page, va & !PAGE_MASK, buf) };
-            return true;
+            return unsafe { Pool::read(page, va & !PAGE_MASK, buf) };
         }
         // SAFETY:
         // - `page()` checked that the bytes lie in one page, and that the page may be read. It is
@@ -256,7 +354,11 @@ impl Entries {
             // SAFETY: `page()` checked that the bytes lie in one page. The type invariants say that
             // a page marked as a device page belongs to the pool. It is not freed while the
             // region's lock is held.
-            Place::Device => unsafe { Pool::write(page, offset, buf) },
+            Place::Device => {
+                if !unsafe { Pool::write(page, offset, buf) } {
+                    return false;
+                }
+            }
             // SAFETY: `page()` checked that the bytes lie in one page, and that the page may be
             // written. It is not freed while the region's lock is held. The type invariants say
             // that it is in the direct map. `buf` is valid for reads of its length. C code copies

@@ -91,8 +91,8 @@ fn make_room(pool: &Pool, wanted: usize) -> bool {
         match evict(pool, Effort::Try, wanted - made) {
             Ok(Some(0)) => drain(),
             Ok(Some(evicted)) => made += evicted,
-            // All pages are migrating already, or there is no system memory.
-            Ok(None) | Err(ENOMEM) => break,
+            // All pages are migrating already, there is no system memory, or the device is lost.
+            Ok(None) | Err(ENOMEM | ENODEV) => break,
             // The device cannot copy these pages: try others.
             Err(_) => {}
         }
@@ -113,7 +113,8 @@ fn make_room(pool: &Pool, wanted: usize) -> bool {
 ///
 /// # Errors
 ///
-/// [`ENOMEM`] if pages are wanted and none can be reserved, [`EINTR`] on a fatal signal.
+/// [`ENOMEM`] if pages are wanted and none can be reserved, [`EINTR`] on a fatal signal, [`ENODEV`]
+/// if the device is lost.
 pub(crate) fn reserve<'a>(
     pool: &'a Arc<Pool>,
     pfns: &'a mut [usize],
@@ -122,6 +123,9 @@ pub(crate) fn reserve<'a>(
     /// Another task may take the pages that this task has freed. Give up after so many rounds.
     const ROUNDS: usize = 16;
 
+    if pool.is_lost() {
+        return Err(ENODEV);
+    }
     let mut reservation = Reservation::new(pool, pfns);
     if wanted == 0 {
         if !pool.can_alloc() {
@@ -152,10 +156,13 @@ pub(crate) fn reserve<'a>(
 /// # Errors
 ///
 /// [`EBUSY`] if some pages are still in use, [`ENOMEM`], [`EINTR`] on a fatal signal, and those of
-/// the driver.
+/// the driver, of which [`ENODEV`] means that the device is lost.
 pub(crate) fn evict_all(pool: &Pool) -> Result {
     let mut result = Ok(());
     for _ in 0..pool.used_pages() / BATCH + 8 {
+        if pool.is_lost() {
+            return Err(ENODEV);
+        }
         if kernel::current!().fatal_signal_pending() {
             return Err(EINTR);
         }
@@ -177,8 +184,9 @@ pub(crate) fn evict_all(pool: &Pool) -> Result {
 /// Ends the pool: stops the allocation of pages, migrates those in use back to system memory, and
 /// frees the chunks.
 ///
-/// This waits for as long as it takes, because the pages contain data of processes.
-pub(crate) fn close(pool: &Pool) {
+/// This waits for as long as it takes, because the pages contain data of processes. If the device
+/// is lost, so is the data, and the chunks stay until the processes have freed the pages.
+pub(crate) fn close(pool: &Arc<Pool>) {
     const REPORT: Delta = Delta::from_secs(10);
     const MAX_PAUSE: Delta = Delta::from_secs(1);
 
@@ -186,6 +194,9 @@ pub(crate) fn close(pool: &Pool) {
     let mut since = Instant::<Monotonic>::now();
     let mut pause = Delta::from_millis(1);
     loop {
+        if pool.is_lost() {
+            return Pool::give_up(pool);
+        }
         let mut result = Ok(());
         for _ in 0..=pool.used_pages() / BATCH {
             let evicted = evict(pool, Effort::NoFail, BATCH);

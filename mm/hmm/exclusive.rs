@@ -24,6 +24,7 @@ use super::{
     },
     range::PageRange,
     region::Region,
+    span::Location,
     vma::{
         vma_at,
         vma_for, //
@@ -38,6 +39,7 @@ use core::{
 };
 use kernel::{
     bindings,
+    dma::DmaAddress,
     error::from_err_ptr,
     prelude::*, //
 };
@@ -47,6 +49,7 @@ use kernel::{
 #[derive(Debug)]
 pub struct ExclusivePage<'c> {
     va: usize,
+    address: Option<DmaAddress>,
     _commit: PhantomData<&'c ()>,
 }
 
@@ -55,6 +58,13 @@ impl ExclusivePage<'_> {
     #[inline]
     pub fn va(&self) -> usize {
         self.va
+    }
+
+    /// Where the device finds the page, which is in system memory, if the mirror was made with
+    /// [`Mirror::for_device`](super::Mirror::for_device).
+    #[inline]
+    pub fn location(&self) -> Option<Location> {
+        self.address.map(Location::Bus)
     }
 }
 
@@ -100,6 +110,7 @@ impl MirroredMm<'_> {
     ///   passed.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     /// - [`ENOMEM`] if there is no memory for the page or for the region.
+    /// - [`ENODEV`] and [`EIO`] as for [`MirroredMm::fault`].
     #[inline]
     pub fn make_exclusive<R>(
         &self,
@@ -173,6 +184,7 @@ fn make_exclusive(
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result<bool> {
+    let mut preparation = region.prepare(page.start())?;
     let guard = mm.as_mm().mmap_read_lock_killable()?;
     vma_for(&guard, mm, page.start(), Access::Write)?;
     let mut folio = null_mut();
@@ -200,10 +212,15 @@ fn make_exclusive(
     // that made the page exclusive is the only one since then. The page is anonymous, so it is in
     // the direct map. It is not of a pool, since populate() without an owner has migrated it from
     // there.
-    unsafe { entries.install(page, pfn.into_iter(), &mut buf.spare) }?;
+    let installed =
+        unsafe { preparation.install(&mut entries, page, pfn.into_iter(), &mut buf.spare) }?;
+    if !installed {
+        return Ok(false);
+    }
     let callback = Callback::begin();
     f(&ExclusivePage {
         va: page.start(),
+        address: entries.address(page.start()),
         _commit: PhantomData,
     });
     drop(callback);

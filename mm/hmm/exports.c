@@ -12,6 +12,17 @@
 
 #define DECLARE_RUST(sym) extern int sym
 
+/* binding.rs */
+
+DECLARE_RUST(rust_hmm_binding_new);
+EXPORT_SYMBOL_GPL(rust_hmm_binding_new);
+
+DECLARE_RUST(rust_hmm_binding_drop);
+EXPORT_SYMBOL_GPL(rust_hmm_binding_drop);
+
+DECLARE_RUST(rust_hmm_device_drop);
+EXPORT_SYMBOL_GPL(rust_hmm_device_drop);
+
 /* mirror.rs */
 
 DECLARE_RUST(rust_hmm_mirror_new);
@@ -67,6 +78,9 @@ EXPORT_SYMBOL_GPL(rust_hmm_pool_new);
 
 DECLARE_RUST(rust_hmm_pool_evict);
 EXPORT_SYMBOL_GPL(rust_hmm_pool_evict);
+
+DECLARE_RUST(rust_hmm_pool_lost);
+EXPORT_SYMBOL_GPL(rust_hmm_pool_lost);
 
 DECLARE_RUST(rust_hmm_pool_drop);
 EXPORT_SYMBOL_GPL(rust_hmm_pool_drop);

@@ -15,6 +15,7 @@
 use super::{
     callback::Callback,
     commit::Commit,
+    dma::Dma,
     hmm_range::{
         identify,
         populate,
@@ -251,6 +252,7 @@ impl<'a> Snapshot<'a> {
         } = self;
         let pfns = buf.pfns.get_mut(..window.range.pages()).ok_or(EINVAL)?;
 
+        let mut preparation = window.region.prepare(window.range.start())?;
         let Some(mut entries) = window.region.lock_unless_stale(seq)? else {
             return Ok(false);
         };
@@ -273,18 +275,28 @@ impl<'a> Snapshot<'a> {
         // region. The region's lock is held for write, and lock_unless_stale() has checked that no
         // invalidation has collided. `identify()` has marked the pages of the device, and has
         // replaced the pages that are not in the direct map by errors.
-        unsafe {
-            entries.install(
+        let installed = unsafe {
+            preparation.install(
+                &mut entries,
                 window.range,
                 pfns.iter().map(|&raw| HmmPfn::from_raw(raw)),
                 &mut buf.spare,
             )
         }?;
+        if !installed {
+            return Ok(false);
+        }
+        let mut addresses = window.range.page_addrs().zip(&mut buf.addresses);
+        addresses.by_ref().for_each(|(va, address)| {
+            *address = entries.address(va).unwrap_or(0);
+        });
+        let end = window.range.pages().min(buf.addresses.len());
         let _callback = Callback::begin();
         f(&Commit::new(
             window.range,
             window.access.map(|_| window.needed),
             pfns,
+            &buf.addresses[..end],
         ));
         Ok(true)
     }
@@ -317,6 +329,8 @@ impl MirroredMm<'_> {
     /// - [`EBUSY`] if invalidations kept colliding until the time limit for retries had passed.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs, or while page
     ///   faults are disabled for the task.
+    /// - [`ENODEV`] if the mirror is for a device whose driver was unbound.
+    /// - [`EIO`] if a page cannot be mapped for the device.
     /// - [`ENOMEM`] if there is no memory for the page or for the region.
     #[inline]
     pub fn fault<R>(
@@ -346,6 +360,11 @@ impl MirroredMm<'_> {
         buf.retries = 0;
         let _charge = self.enter()?;
         let mirror = self.mirror();
+        if let Some(dma) = mirror.dma() {
+            // Do not wait for a page that the device cannot use.
+            drop(Dma::stay_bound(dma)?);
+        }
+        buf.bring_addresses(mirror.dma().is_some())?;
         let start = req.need.start();
         let region = match mirror.region(start) {
             Some(region) => region,

@@ -29,6 +29,7 @@ use super::{
 };
 use kernel::{
     bindings,
+    dma::DmaAddress,
     error::to_result,
     page::PAGE_SIZE,
     prelude::*,
@@ -53,6 +54,8 @@ pub struct FaultBuf {
     pub(crate) pfns: KVec<usize>,
     /// A leaf for the entries to install, in case the region has no leaf for them yet.
     pub(crate) spare: Option<KBox<Leaf>>,
+    /// Where a device that does DMA finds the pages. Empty for other devices.
+    pub(crate) addresses: KVec<DmaAddress>,
     pub(crate) retries: u32,
 }
 
@@ -74,6 +77,7 @@ impl FaultBuf {
             order,
             pfns: KVec::from_elem(0, 1 << order, GFP_KERNEL_ACCOUNT)?,
             spare: None,
+            addresses: KVec::new(),
             retries: 0,
         })
     }
@@ -87,6 +91,22 @@ impl FaultBuf {
     pub(crate) fn bring_leaf(&mut self) -> Result {
         if self.spare.is_none() {
             self.spare = Some(Leaf::new()?);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that there are `addresses` if, and only if, the fault is for a device that does
+    /// DMA.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn bring_addresses(&mut self, does_dma: bool) -> Result {
+        if !does_dma {
+            self.addresses.clear();
+        } else if self.addresses.is_empty() {
+            self.addresses
+                .resize(1 << self.order, 0, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(())
     }

@@ -2,9 +2,13 @@
 
 //! KUnit suites, named after the source files of the crate.
 
+mod binding;
 mod callback;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod device;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod device_pool;
+mod dma;
 mod entries;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod exclusive;
@@ -20,6 +24,7 @@ mod range;
 mod region;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod slots;
+mod span;
 
 use super::{
     range::PageRange,

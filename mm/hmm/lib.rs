@@ -46,6 +46,9 @@
 //!   [`WritePage`] may be mapped writable for the device. [`MirroredMm::make_exclusive`] gives an
 //!   [`ExclusivePage`] for a page that no CPU can access meanwhile. The core hands out neither
 //!   `struct page`s nor pfns.
+//! - A device that does DMA has a [`DmaBinding`], while its driver is bound, and mirrors that are
+//!   made with [`Mirror::for_device`]. The core maps pages for it and unmaps them after the device
+//!   has stopped using them. [`Commit::spans`] gives the addresses.
 //! - The core tracks where each page is. [`MirroredMm::migrate_to_device`] migrates pages to the
 //!   memory of a [`DevicePool`]. They migrate back to system memory when the CPU touches them, or
 //!   when the pool is full and evicts them. A fault maps a page of the pool where it is. The driver
@@ -59,7 +62,7 @@
 //! The order, from the outside to the inside: `mmap_lock`; the locks of the reverse map, and
 //! reclaim; the region's lock; the driver's own locks. While a region's lock is held, nobody may
 //! allocate memory in a way that waits, drop a reference to an mm or fault in user memory.
-//! [`PoolOps::read`] and [`PoolOps::write`] run with a region's lock held.
+//! [`CpuAccess::read`] and [`CpuAccess::write`] run with a region's lock held.
 //!
 //! [`PoolOps::copy`] runs with folio locks held, which nest inside `mmap_lock`. A pool makes room,
 //! by adding a chunk or by evicting pages, only while no lock of mm is held.
@@ -81,12 +84,14 @@
 //! - [`MirroredMm`]: if it is leaked, the address space is never torn down, and keeps its memory
 //!   after the process has exited. It borrows the [`Mirror`], so it ends first, and it stays in its
 //!   task. It may be dropped anywhere.
+//! - [`DmaBinding`]: if it is leaked, or dropped while the core calls a driver, the core ends it
+//!   when the resources of the device are released.
 //! - [`DevicePool`]: if it is leaked, or dropped while the core calls a driver, the core ends it
 //!   when its module is unloaded: after the module's exit function, before the module's code is
 //!   freed.
-//! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`] and [`ExclusivePage`] are only lent to a
-//!   closure and have no destructor. A closure cannot fault again, so a task never has those of two
-//!   mirrors at a time and cannot confuse their pages.
+//! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`], [`Span`] and [`ExclusivePage`] are only
+//!   lent to a closure and have no destructor. A closure cannot fault again, so a task never has
+//!   those of two mirrors at a time and cannot confuse their pages.
 //! - [`Invalidate`] and [`Invalidated`] have a lifetime that is unique to each call of
 //!   [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that was made
 //!   from its own [`Invalidate`]. What [`Invalidate::flushing`] was given, the core drops after it
@@ -120,6 +125,7 @@
 // The documentation above links to items that exist only with CONFIG_RUST_HMM_DEVICE.
 #![cfg_attr(not(CONFIG_RUST_HMM_DEVICE), allow(rustdoc::broken_intra_doc_links))]
 
+mod binding;
 mod callback;
 mod commit;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
@@ -128,6 +134,7 @@ mod copy;
 mod cpu_fault;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod device_pool;
+mod dma;
 mod entries;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod evict;
@@ -155,8 +162,13 @@ mod region;
 mod rwsem;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod slots;
+mod span;
 mod vma;
 
+pub use binding::{
+    DmaBinding,
+    DmaDevice, //
+};
 pub use commit::{
     Commit,
     DevicePage,
@@ -193,6 +205,7 @@ pub use mirrored_mm::MirroredMm;
 pub use pfn::Access;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use pool_ops::{
+    CpuAccess,
     MigrateReason,
     PageData,
     PoolOps, //
@@ -204,6 +217,13 @@ pub use region::{
     Invalidate,
     Invalidated,
     MirrorOps, //
+};
+pub use span::{
+    Location,
+    ReadSpan,
+    Span,
+    Spans,
+    WriteSpan, //
 };
 
 /// Prefix to appear before log messages printed from within the crate.

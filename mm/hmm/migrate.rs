@@ -134,6 +134,7 @@ impl MirroredMm<'_> {
     /// # Errors
     ///
     /// - [`EINVAL`] if the mirror was not made with `pool`.
+    /// - [`ENODEV`] if the device is lost.
     /// - [`EFAULT`] if there is no VMA at the start of `range`.
     /// - [`EINTR`] if the task received a fatal signal.
     /// - [`ESRCH`] if the process has gone while invalidations collided.
@@ -301,6 +302,9 @@ fn migrate_to_device(
     let _charge = mm.enter()?;
     if !mm.mirror().pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {
         return Err(EINVAL);
+    }
+    if pool.is_lost() {
+        return Err(ENODEV);
     }
     let (range, scan) = mm.scan(range, holes, buf)?;
     let mut migrated = Migrated { range, pages: 0 };

@@ -35,7 +35,7 @@ use super::{
     },
     pool::{
         address_of,
-        data_of,
+        Driver,
         Pool,
         Reservation, //
     },
@@ -149,7 +149,7 @@ impl Locked<'_> {
     ///
     /// Those of the driver; [`EIO`] if it has not taken the whole batch, or has not written all of
     /// the new memory.
-    fn copy(&mut self, which: Range<usize>, to_device: bool) -> Result {
+    fn copy(&mut self, driver: &Driver<'_>, which: Range<usize>, to_device: bool) -> Result {
         let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
         let written = Cell::new(0);
         // SAFETY: The pages of system memory are either locked, unmapped and referenced by mm
@@ -159,7 +159,7 @@ impl Locked<'_> {
         let mut batch = unsafe { CopyBatch::new(copies, to_device, &written) };
         if !copies.is_empty() {
             let _callback = Callback::begin();
-            self.pool.ops().copy(&mut batch)?;
+            driver.copy(&mut batch)?;
         }
         let all = if to_device {
             0
@@ -348,7 +348,8 @@ impl<'a> Collected<'a, ToDevice> {
     ///
     /// # Errors
     ///
-    /// Those of the driver, and [`EINVAL`] if `reservation` is of another pool. No page moves then.
+    /// Those of the driver, [`ENODEV`] if the device is lost, and [`EINVAL`] if `reservation` is of
+    /// another pool. No page moves then.
     pub(crate) fn copy(
         mut self,
         reservation: &mut Reservation<'_>,
@@ -358,6 +359,8 @@ impl<'a> Collected<'a, ToDevice> {
         if !reservation.is_of(self.0.pool) {
             return Err(EINVAL);
         }
+        // From here on the data of pages is set, until they are copied.
+        let driver = self.0.pool.driver()?;
         let wanted = (0..self.0.pages).filter(|i| self.moves(*i, holes)).count();
         reservation.fill(wanted);
         let (mut count, mut short) = (0, 0);
@@ -393,7 +396,8 @@ impl<'a> Collected<'a, ToDevice> {
             // INVARIANT: The element is a `NewFolio` of the pool.
             locked.arrays.dst[i] = folio.into_mpfn();
         }
-        self.0.copy(0..count, true)?;
+        self.0.copy(&driver, 0..count, true)?;
+        drop(driver);
         // INVARIANT: The sources are unchanged, and `dst` got only folios of `reservation`, which
         // is of the same pool. The device has copied all of them.
         Ok((Copied(self.0, PhantomData), short))
@@ -461,6 +465,7 @@ impl<'a> Collected<'a, ToRam> {
     ///
     /// # Errors
     ///
+    /// - [`ENODEV`] if the device is lost.
     /// - Without `need`, only if no page can move: [`ENOMEM`] or the error of the driver.
     /// - If page `need` cannot move: [`ENOMEM`] if there is no system memory for it, [`EAGAIN`] if
     ///   the driver asks to try again, and [`EIO`] if it cannot copy the page.
@@ -472,6 +477,7 @@ impl<'a> Collected<'a, ToRam> {
             // INVARIANT: All destinations are zero.
             return Ok(Copied(self.0, PhantomData));
         }
+        let driver = locked.pool.driver()?;
         let mut count = 0;
         let others = (0..locked.pages).filter(|i| Some(*i) != need);
         for i in Iterator::chain(need.into_iter(), others) {
@@ -511,12 +517,12 @@ impl<'a> Collected<'a, ToRam> {
             };
             count += 1;
         }
-        if let Err(mut err) = locked.copy(0..count, false) {
+        if let Err(mut err) = locked.copy(&driver, 0..count, false) {
             // A single page may have made the batch fail: copy the pages one by one.
             let mut copied = 0;
             for n in 0..count {
                 let i = locked.arrays.copies[n].index;
-                let result = locked.copy(n..n + 1, false);
+                let result = locked.copy(&driver, n..n + 1, false);
                 err = result.err().unwrap_or(err);
                 if result.is_ok() {
                     copied += 1;
@@ -570,15 +576,10 @@ impl<'a> Copied<'a, ToRam> {
         locked
             .pool
             .mark_unused(moved().map(|i| unsafe { address_of(locked.src_page(i)) }));
-        let _callback = Callback::begin();
-        for i in moved() {
-            // SAFETY: The type invariants of `Copied` say that the source is of a chunk of the
-            // pool. It is referenced until `committed` is dropped, so its data is still there.
-            unsafe {
-                let data = data_of(locked.src_page(i));
-                locked.pool.ops().migrated_to_ram(data, reason);
-            }
-        }
+        let pages = moved().map(|i| locked.src_page(i));
+        // SAFETY: The type invariants of `Copied` say that the sources are of chunks of the pool.
+        // They are referenced until `committed` is dropped.
+        unsafe { locked.pool.migrated_to_ram(pages, reason) };
         committed
     }
 }

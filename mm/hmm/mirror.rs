@@ -4,6 +4,7 @@
 
 use super::{
     callback::Callback,
+    dma::Dma,
     entries::Entries,
     pfn::Access,
     pool::Pool,
@@ -99,6 +100,8 @@ struct Inner {
     ops: Arc<dyn MirrorOps>,
     /// The memory of the device, if it has any.
     pool: Option<Arc<Pool>>,
+    /// The device, if it does DMA.
+    dma: Option<Arc<Dma>>,
     /// Drops this later, if the mirror is dropped in a callback, which must not wait.
     #[pin]
     work: Work<Self>,
@@ -167,16 +170,16 @@ impl Mirror {
     ///   done: an ioctl can return `ERESTARTNOINTR`.
     /// - [`EDEADLK`] if called from a callback or closure that this crate runs.
     /// - [`ENOMEM`].
-    #[inline(never)]
-    #[export_name = "rust_hmm_mirror_new"]
+    #[inline]
     pub fn new(module: &'static ThisModule, ops: Arc<dyn MirrorOps>) -> Result<Self> {
-        Self::with(module, ops, None)
+        mirror_new(module, ops, None)
     }
 
     pub(crate) fn with(
         module: &'static ThisModule,
         ops: Arc<dyn MirrorOps>,
         pool: Option<Arc<Pool>>,
+        dma: Option<&Arc<Dma>>,
     ) -> Result<Self> {
         Callback::refuse()?;
         let current = kernel::current!();
@@ -188,6 +191,7 @@ impl Mirror {
             users <- new_spinlock!(0, "hmm_mirror::users"),
             ops,
             pool,
+            dma: dma.cloned(),
             work <- new_work!("hmm_mirror"),
             _module: ModuleRef::new(module)?,
         });
@@ -307,6 +311,10 @@ impl Mirror {
         self.inner.pool.as_ref()
     }
 
+    pub(crate) fn dma(&self) -> Option<&Arc<Dma>> {
+        self.inner.dma.as_ref()
+    }
+
     /// Returns the region that contains `va`, if it exists already.
     pub(crate) fn region(&self, va: usize) -> Option<Arc<Region>> {
         self.inner
@@ -329,7 +337,8 @@ impl Mirror {
     pub(crate) fn new_region(&self, mm: &MmWithUser, va: usize) -> Result<Arc<Region>> {
         let range = PageRange::aligned_block(va, REGION_ORDER)?;
         let owner = Pool::owner(self.inner.pool.as_ref());
-        Region::new(mm, range, self.inner.ops.clone(), owner)
+        let dma = self.inner.dma.clone();
+        Region::new(mm, range, self.inner.ops.clone(), owner, dma)
     }
 
     /// Adds `region`, which contains `va`, to the mirror. If another task has added one for `va`
@@ -347,6 +356,17 @@ impl Mirror {
             },
         }
     }
+}
+
+/// Creates a mirror without a pool, for a device that does DMA if there is a `dma`.
+#[inline(never)]
+#[export_name = "rust_hmm_mirror_new"]
+pub(crate) fn mirror_new(
+    module: &'static ThisModule,
+    ops: Arc<dyn MirrorOps>,
+    dma: Option<&Arc<Dma>>,
+) -> Result<Mirror> {
+    Mirror::with(module, ops, None, dma)
 }
 
 impl Drop for Mirror {

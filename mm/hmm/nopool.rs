@@ -32,12 +32,25 @@ impl Pool {
     /// # Safety
     ///
     /// `_page` must belong to a pool.
-    pub(crate) unsafe fn read(_page: *mut bindings::page, _offset: usize, _buf: &mut [u8]) {}
+    pub(crate) unsafe fn address(_page: *mut bindings::page) -> usize {
+        0
+    }
+
+    /// Never called, since no page belongs to a pool.
+    ///
+    /// # Safety
+    ///
+    /// The page must belong to a pool.
+    pub(crate) unsafe fn read(_: *mut bindings::page, _offset: usize, _buf: &mut [u8]) -> bool {
+        false
+    }
 
     /// Never called, since no page belongs to a pool.
     ///
     /// # Safety
     ///
     /// The same as for [`Pool::read`].
-    pub(crate) unsafe fn write(_page: *mut bindings::page, _offset: usize, _buf: &[u8]) {}
+    pub(crate) unsafe fn write(_: *mut bindings::page, _offset: usize, _buf: &[u8]) -> bool {
+        false
+    }
 }

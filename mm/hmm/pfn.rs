@@ -182,7 +182,6 @@ impl HmmPfn {
     }
 
     /// The pfn, if the page is present.
-    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
     #[inline]
     pub(crate) const fn pfn(self) -> Option<usize> {
         match self.present() {

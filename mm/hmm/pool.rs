@@ -14,10 +14,17 @@
 
 use super::{
     callback::Callback,
+    copy::CopyBatch,
     folio::NewFolio,
     pool_ops::{
+        CpuAccess,
+        MigrateReason,
         Ops,
         RawData, //
+    },
+    rwsem::{
+        ReadGuard,
+        RwSem, //
     },
     slots::{
         ChunkSlots,
@@ -37,20 +44,43 @@ use kernel::{
     new_spinlock,
     page::PAGE_SHIFT,
     prelude::*,
+    revocable::Revocable,
+    str::CString,
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        static_lock_class,
         Arc,
         Mutex,
         SpinLock, //
     },
-    types::Opaque, //
+    types::Opaque,
+    workqueue::{
+        self,
+        impl_has_work,
+        new_work,
+        Work,
+        WorkItem, //
+    }, //
 };
 
 /// The state that the chunks, the mirrors and the [`DevicePool`](super::DevicePool) of a pool
 /// share.
 #[pin_data]
 pub(crate) struct Pool {
-    ops: Arc<dyn Ops>,
-    name: &'static CStr,
+    /// What the driver implements. Revoked when the device is lost.
+    #[pin]
+    ops: Revocable<DriverOps>,
+    /// Held for read during calls of the driver that may sleep, and while the data of new pages is
+    /// set, so that [`Pool::give_up`] waits for them.
+    #[pin]
+    calls: RwSem<()>,
+    /// Whether the device is lost. The driver is not asked for copies any more.
+    lost: Atomic<bool>,
+    /// A copy, since the driver may go before the chunks.
+    name: CString,
     chunk_pages: usize,
     /// The chunks. They are removed only when the pool ends.
     #[pin]
@@ -60,6 +90,58 @@ pub(crate) struct Pool {
     pagemap_ops: &'static bindings::dev_pagemap_ops,
     /// The module that has the code of `ops`, or null if that is built into the kernel.
     module: *mut bindings::module,
+    /// Removes the chunks of a lost device when its last page is free.
+    #[pin]
+    work: Work<Self>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Pool { self.work }
+}
+
+impl WorkItem for Pool {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.free_chunks();
+    }
+}
+
+/// What the driver of a pool implements.
+pub(crate) struct DriverOps {
+    pub(crate) ops: Arc<dyn Ops>,
+    /// Only if the device is made of software.
+    pub(crate) cpu: Option<Arc<dyn CpuAccess>>,
+}
+
+/// The driver of a pool, for calls that may sleep.
+pub(crate) struct Driver<'a> {
+    pool: &'a Pool,
+    _calls: ReadGuard<'a, ()>,
+}
+
+impl Driver<'_> {
+    fn ops(&self) -> &DriverOps {
+        // SAFETY: `Pool::driver()` has seen that the ops are not revoked, with `calls` held.
+        // `Pool::give_up()` revokes them with `calls` held for write.
+        unsafe { self.pool.ops.access() }
+    }
+
+    /// Calls [`PoolOps::copy`](super::PoolOps::copy). The caller has a [`Callback`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the driver. [`ENODEV`] means that the device is lost.
+    pub(crate) fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        if self.pool.is_lost() {
+            return Err(ENODEV);
+        }
+        let result = self.ops().ops.copy(batch);
+        if result == Err(ENODEV) {
+            self.pool.set_lost();
+        }
+        result
+    }
 }
 
 // SAFETY: `module` is only compared and never dereferenced. All other fields are `Send`.
@@ -74,8 +156,9 @@ struct MemRegion {
 }
 
 impl MemRegion {
-    fn new(len: usize, name: &'static CStr) -> Result<Self> {
-        // SAFETY: `iomem_resource` is a static resource, and `name` is a static string.
+    /// `name` must stay valid for as long as the result.
+    fn new(len: usize, name: &CStr) -> Result<Self> {
+        // SAFETY: `iomem_resource` is a static resource, and `name` outlives the resource.
         let resource = from_err_ptr(unsafe {
             bindings::request_free_mem_region(
                 &raw mut bindings::iomem_resource,
@@ -141,7 +224,7 @@ impl Chunk {
     /// other errors of `memremap_pages()`, if the architecture cannot hot-plug memory, for example.
     fn new(pool: Arc<Pool>, first: usize) -> Result<Pin<KBox<Self>>> {
         let len = pool.chunk_pages << PAGE_SHIFT;
-        let region = MemRegion::new(len, pool.name)?;
+        let region = MemRegion::new(len, &pool.name)?;
         let start = region.start as u64;
         let (owner, ops) = (pool.as_owner(), pool.pagemap_ops);
         KBox::pin_init(
@@ -264,17 +347,32 @@ pub(crate) unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
     // meanwhile: `free_zone_device_folio()` gives up the page's reference to the pagemap, for which
     // the chunk's drop waits, after this returns.
     let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
-    // SAFETY: The page belongs to a chunk and is in use until it is given back below.
+    // Otherwise `Pool::give_up()` has given the data back already, or will do so.
+    if let Some(driver) = pool.ops.try_access() {
+        // SAFETY: The page belongs to a chunk, and nobody has a reference to it (see the # Safety
+        // section), so nobody else accesses its data: `Pool::give_up()` waits for the guard.
+        unsafe { free_data(page, &*driver.ops) };
+    }
+    Pool::give_back(pool, core::iter::once(address));
+}
+
+/// Gives the data of `page` back to the driver, unless that was done before.
+///
+/// # Safety
+///
+/// `page` belongs to a chunk of the pool with these `ops`, and nobody else accesses its data.
+unsafe fn free_data(page: *mut bindings::page, ops: &dyn Ops) {
+    // SAFETY: The page belongs to a chunk (see the # Safety section).
     let data = unsafe { data_of(page) };
-    // SAFETY: Nobody has a reference to the folio (see the # Safety section), so nobody else
-    // accesses it.
-    unsafe { bindings::folio_set_zone_device_data(folio, null_mut()) };
-    let callback = Callback::begin();
+    if data.is_null() {
+        return;
+    }
+    // SAFETY: Nobody else accesses the data (see the # Safety section).
+    unsafe { bindings::folio_set_zone_device_data(page.cast(), null_mut()) };
+    let _callback = Callback::begin();
     // SAFETY: `Reservation::folio()` has set the data, from a `RawData` for a page of this pool.
     // The page does not use the data any more, since the pointer was cleared above.
-    unsafe { pool.ops.page_freed(data) };
-    drop(callback);
-    pool.give_back(core::iter::once(address));
+    unsafe { ops.page_freed(data) };
 }
 
 impl Pool {
@@ -290,27 +388,112 @@ impl Pool {
     pub(crate) fn new(
         pagemap_ops: &'static bindings::dev_pagemap_ops,
         module: *mut bindings::module,
-        name: &'static CStr,
-        ops: Arc<dyn Ops>,
+        name: &CStr,
+        ops: DriverOps,
         chunk_pages: usize,
         max_chunks: usize,
     ) -> Result<Arc<Self>> {
         let slots = Slots::new(chunk_pages, max_chunks)?;
-        let init = pin_init!(Self {
-            ops,
+        let name = CString::try_from(name)?;
+        let init = try_pin_init!(Self {
+            ops <- Revocable::new(ops),
+            calls <- RwSem::new((), c"hmm_pool::calls", static_lock_class!()),
+            lost: Atomic::new(false),
             name,
             chunk_pages,
             chunks <- new_mutex!(KVec::new(), "hmm_chunks"),
             slots <- new_spinlock!(slots, "hmm_slots"),
             pagemap_ops,
             module,
-        });
+            work <- new_work!("hmm_pool"),
+        }? Error);
         Arc::pin_init(init, GFP_KERNEL)
     }
 
     /// The name that the driver gave the pool.
-    pub(crate) fn name(&self) -> &'static CStr {
-        self.name
+    pub(crate) fn name(&self) -> &CStr {
+        &self.name
+    }
+
+    /// The driver, for calls that may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the device is lost.
+    pub(crate) fn driver(&self) -> Result<Driver<'_>> {
+        let calls = self.calls.read();
+        if self.is_lost() || self.ops.try_access().is_none() {
+            return Err(ENODEV);
+        }
+        Ok(Driver {
+            pool: self,
+            _calls: calls,
+        })
+    }
+
+    /// Tells the driver that the pages with these `addresses` have migrated to system memory.
+    ///
+    /// # Safety
+    ///
+    /// The pages belong to chunks of this pool, and are referenced.
+    pub(crate) unsafe fn migrated_to_ram(
+        &self,
+        pages: impl Iterator<Item = *mut bindings::page>,
+        reason: MigrateReason,
+    ) {
+        // Otherwise the driver has got the data of the pages back.
+        let Some(driver) = self.ops.try_access() else {
+            return;
+        };
+        let _callback = Callback::begin();
+        for page in pages {
+            // SAFETY: The page is of this pool and is referenced (see the # Safety section), so its
+            // data is still there: `Pool::give_up()` waits for the guard.
+            unsafe { driver.ops.migrated_to_ram(data_of(page), reason) };
+        }
+    }
+
+    /// Whether the device is lost.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Relaxed)
+    }
+
+    /// Marks the device as lost. Does not sleep.
+    pub(crate) fn set_lost(&self) {
+        self.lost.store(true, Relaxed);
+        self.stop();
+    }
+
+    /// Gives up the driver of a lost device: waits for its callbacks, and gives the data of all
+    /// pages back. The chunks stay until the last page is free. Sleeps.
+    pub(crate) fn give_up(this: &Arc<Self>) {
+        this.set_lost();
+        let calls = this.calls.write();
+        let ops = this.ops.try_access().map(|driver| driver.ops.clone());
+        // Another task may have done it.
+        let Some(ops) = ops else { return };
+        // This waits for the callbacks that do not sleep.
+        this.ops.revoke();
+        let chunks = this.chunks.lock();
+        for chunk in chunks.iter() {
+            for pfn in chunk.first_pfn()..chunk.first_pfn() + this.chunk_pages {
+                // SAFETY: The chunk has a `struct page` for this pfn.
+                let page = unsafe { bindings::pfn_to_page(pfn) };
+                // SAFETY: The page belongs to a chunk. The ops are revoked, so nobody else accesses
+                // the data of pages, and nobody sets any, since that is done with `calls` held.
+                unsafe { free_data(page, &*ops) };
+            }
+        }
+        drop(chunks);
+        drop(calls);
+        drop(ops);
+        let mut slots = this.slots.lock();
+        slots.orphan();
+        let idle = slots.is_idle();
+        drop(slots);
+        if idle {
+            this.free_chunks();
+        }
     }
 
     /// The module that has the driver's code, or null if that is built into the kernel. The pool
@@ -345,18 +528,19 @@ impl Pool {
     }
 
     /// Frees the pages at `addresses`.
-    fn give_back(&self, addresses: impl Iterator<Item = usize>) {
-        let mut slots = self.slots.lock();
+    fn give_back(this: &Arc<Self>, addresses: impl Iterator<Item = usize>) {
+        let mut slots = this.slots.lock();
         let mut freed = Ok(());
         for address in addresses {
             freed = freed.and(slots.free(address >> PAGE_SHIFT));
         }
+        let was_last = slots.is_orphan() && slots.is_idle();
         drop(slots);
         kernel::warn_on!(freed.is_err());
-    }
-
-    pub(crate) fn ops(&self) -> &dyn Ops {
-        &*self.ops
+        if was_last {
+            // If it is enqueued already, it has not begun.
+            let _ = workqueue::system_dfl().enqueue(this.clone());
+        }
     }
 
     /// The `owner` of the pool's pagemaps, by which mm tells the pages of this pool from those of
@@ -365,10 +549,13 @@ impl Pool {
         (&raw const *self).cast_mut().cast()
     }
 
-    /// The `owner` of the pages of `this`, or null if there is no pool. No device-private page has
-    /// a null owner, since `memremap_pages()` refuses that.
+    /// The `owner` of the pages of `this`, or null if there is no pool or the device is lost. No
+    /// device-private page has a null owner, since `memremap_pages()` refuses that.
     pub(crate) fn owner(this: Option<&Arc<Self>>) -> *mut c_void {
-        this.map_or(null_mut(), |this| this.as_owner())
+        match this {
+            Some(this) if !this.is_lost() => this.as_owner(),
+            _ => null_mut(),
+        }
     }
 
     /// Whether `page` belongs to the pool that has this `owner`.
@@ -386,29 +573,51 @@ impl Pool {
         unsafe { (*bindings::page_pgmap(page)).owner == owner }
     }
 
-    /// Copies from `page` to `buf`, starting at `offset` bytes in the page.
+    /// The address of `page` in the device's memory, in bytes from its start.
+    ///
+    /// # Safety
+    ///
+    /// `page` must belong to a chunk and must not be freed meanwhile.
+    pub(crate) unsafe fn address(page: *mut bindings::page) -> usize {
+        // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
+        // section).
+        unsafe { address_of(page) }
+    }
+
+    /// Copies from `page` to `buf`, starting at `offset` bytes in the page. Returns `false` if the
+    /// device is lost, or is not made of software.
     ///
     /// # Safety
     ///
     /// `page` must belong to a chunk and must not be freed meanwhile. The bytes must lie in the
     /// page.
-    pub(crate) unsafe fn read(page: *mut bindings::page, offset: usize, buf: &mut [u8]) {
+    pub(crate) unsafe fn read(page: *mut bindings::page, offset: usize, buf: &mut [u8]) -> bool {
         // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
         // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
-        pool.ops.read(address + offset, buf);
+        pool.access(|cpu| cpu.read(address + offset, buf))
     }
 
-    /// Copies `buf` to `page`, starting at `offset` bytes in the page.
+    /// Copies `buf` to `page`, starting at `offset` bytes in the page. Returns `false` as
+    /// [`Pool::read`] does.
     ///
     /// # Safety
     ///
     /// The same as for [`Pool::read`].
-    pub(crate) unsafe fn write(page: *mut bindings::page, offset: usize, buf: &[u8]) {
+    pub(crate) unsafe fn write(page: *mut bindings::page, offset: usize, buf: &[u8]) -> bool {
         // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
         // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
-        pool.ops.write(address + offset, buf);
+        pool.access(|cpu| cpu.write(address + offset, buf))
+    }
+
+    fn access(&self, f: impl FnOnce(&dyn CpuAccess)) -> bool {
+        let driver = self.driver();
+        let cpu = driver
+            .as_ref()
+            .ok()
+            .and_then(|driver| driver.ops().cpu.as_ref());
+        cpu.map(|cpu| f(&**cpu)).is_some()
     }
 
     /// Adds a chunk, unless the pool has all its chunks or is closed. Returns whether the caller
@@ -558,6 +767,6 @@ impl Drop for Reservation<'_> {
         // SAFETY: The pages that are left were allocated from the pool (see the type invariants),
         // which keeps their chunks meanwhile.
         let address = |pfn: &usize| unsafe { address_of(bindings::pfn_to_page(*pfn)) };
-        self.pool.give_back(self.left().iter().map(address));
+        Pool::give_back(self.pool, self.left().iter().map(address));
     }
 }

@@ -135,6 +135,7 @@ pub enum MigrateReason {
 ///
 /// The core keeps this object until the last mirror with the pool is dropped, which may be after
 /// the [`DevicePool`](super::DevicePool). So the object should own nothing that has to go earlier.
+/// The exception is a lost device: see [`DevicePool::lost`](super::DevicePool::lost).
 pub trait PoolOps: Send + Sync + 'static {
     /// The data that the driver keeps for each page: an [`Arc`](kernel::sync::Arc) of a type of its
     /// own, or a `u64`. Both implement [`PageData`]. A driver that has nothing to keep uses `u64`.
@@ -161,27 +162,11 @@ pub trait PoolOps: Send + Sync + 'static {
     /// - All other errors end in SIGBUS, [`ENOMEM`] too. So allocate what copies need in advance,
     ///   or return [`EAGAIN`] if an allocation fails.
     ///
+    /// - [`ENODEV`] says that the device is lost: this is not called again, and what is said of
+    ///   [`DevicePool::lost`](super::DevicePool::lost) holds from then on.
+    ///
     /// In an eviction, [`ENOMEM`] stands for a lack of system memory, and ends the eviction.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
-
-    /// Reads the device's memory at `address`, for [`Mirror::read`](super::Mirror::read).
-    ///
-    /// The bytes lie in one page, which is in use. Other tasks and the device may read and write
-    /// the page meanwhile.
-    ///
-    /// # Context
-    ///
-    /// The region's lock is held for read. The restrictions of
-    /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) apply, except that this method may
-    /// sleep. A lock that it takes must not be held elsewhere over an allocation that waits.
-    fn read(&self, address: usize, buf: &mut [u8]);
-
-    /// Writes the device's memory at `address`, for [`Mirror::write`](super::Mirror::write).
-    ///
-    /// # Context
-    ///
-    /// Like [`PoolOps::read`].
-    fn write(&self, address: usize, buf: &[u8]);
 
     /// A page with this `data` has migrated to system memory. Its place in the device's memory will
     /// be freed soon.
@@ -208,11 +193,33 @@ pub trait PoolOps: Send + Sync + 'static {
     fn page_freed(&self, data: Self::PageData);
 }
 
+/// What a device that is made of software implements in addition, so that
+/// [`Mirror::read`](super::Mirror::read) and [`Mirror::write`](super::Mirror::write) reach its
+/// memory. To be passed to [`DevicePool::with_cpu_access`](super::DevicePool::with_cpu_access).
+pub trait CpuAccess: Send + Sync + 'static {
+    /// Reads the device's memory at `address`.
+    ///
+    /// The bytes lie in one page, which is in use. Other tasks and the device may read and write
+    /// the page meanwhile.
+    ///
+    /// # Context
+    ///
+    /// The region's lock is held for read. The restrictions of
+    /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) apply, except that this method may
+    /// sleep. A lock that it takes must not be held elsewhere over an allocation that waits.
+    fn read(&self, address: usize, buf: &mut [u8]);
+
+    /// Writes the device's memory at `address`.
+    ///
+    /// # Context
+    ///
+    /// Like [`CpuAccess::read`].
+    fn write(&self, address: usize, buf: &[u8]);
+}
+
 /// [`PoolOps`] with the type of the page data erased, so that the core can use `dyn Ops`.
 pub(crate) trait Ops: Send + Sync {
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
-    fn read(&self, address: usize, buf: &mut [u8]);
-    fn write(&self, address: usize, buf: &[u8]);
 
     /// # Safety
     ///
@@ -230,14 +237,6 @@ pub(crate) trait Ops: Send + Sync {
 impl<T: PoolOps> Ops for T {
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         PoolOps::copy(self, batch)
-    }
-
-    fn read(&self, address: usize, buf: &mut [u8]) {
-        PoolOps::read(self, address, buf)
-    }
-
-    fn write(&self, address: usize, buf: &[u8]) {
-        PoolOps::write(self, address, buf)
     }
 
     unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason) {

@@ -10,10 +10,17 @@
 
 use super::{
     callback::Callback,
+    dma::{
+        Dma,
+        LeafMap,
+        StaysBound, //
+    },
     entries::{
         Entries,
+        Leaf,
         LEAF_ORDER, //
     },
+    pfn::HmmPfn,
     range::PageRange,
     rwsem::{
         RwSem,
@@ -128,6 +135,9 @@ pub enum Cause {
     /// A region that has been used is told once, with or without entries. This is not the end of
     /// the mirror, and dropping the mirror while the process lives does not cause it.
     Release,
+    /// The driver of the mirror's device is unbound: see [`DmaBinding`](super::DmaBinding). The
+    /// process goes on, but there is no further fault for the device. This is no event of mm.
+    Unbind,
 }
 
 /// An invalidation in progress.
@@ -222,6 +232,47 @@ pub(crate) struct Region {
     /// The owner of the device's own memory, as mm reports it in `MMU_NOTIFY_MIGRATE` events, or
     /// null. It is only compared.
     owner: *mut c_void,
+    /// The device that the pages are mapped for, if it does DMA.
+    dma: Option<Arc<Dma>>,
+}
+
+/// What makes sure that entries can be installed for a device that does DMA.
+pub(crate) struct Preparation<'a> {
+    /// Dropped before `bound`.
+    map: Option<KBox<LeafMap>>,
+    bound: Option<StaysBound<'a>>,
+}
+
+impl Preparation<'_> {
+    /// Maps the pages of `range` for DMA, if the device does DMA, and installs their entries.
+    /// Returns `false`, and does nothing, if the room for the mappings is gone that was there when
+    /// this was prepared.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Entries::map`] and [`Entries::install`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`Entries::install`].
+    pub(crate) unsafe fn install(
+        &mut self,
+        entries: &mut Entries,
+        range: PageRange,
+        pfns: impl Iterator<Item = HmmPfn> + Clone,
+        spare: &mut Option<KBox<Leaf>>,
+    ) -> Result<bool> {
+        if self.bound.is_some() {
+            if self.map.is_none() && !entries.has_map(range.start()) {
+                return Ok(false);
+            }
+            // SAFETY: The caller ensures the conditions (see the # Safety section).
+            unsafe { entries.map(range, pfns.clone(), &mut self.map) }?;
+        }
+        // SAFETY: The caller ensures the conditions (see the # Safety section).
+        unsafe { entries.install(range, pfns, spare) }?;
+        Ok(true)
+    }
 }
 
 // SAFETY: mmu_interval_notifier_remove() may be called by another task than the one that inserted
@@ -247,9 +298,13 @@ impl Region {
         range: PageRange,
         ops: Arc<dyn MirrorOps>,
         owner: *mut c_void,
+        dma: Option<Arc<Dma>>,
     ) -> Result<Arc<Self>> {
         let mm = mm.as_raw();
-        let entries = Entries::new(range)?;
+        let entries = match dma {
+            Some(_) => Entries::new(range)?.with_maps()?,
+            None => Entries::new(range)?,
+        };
         let init = try_pin_init!(Self {
             entries <- RwSem::new(entries, c"hmm_region", static_lock_class!()),
             pending <- new_spinlock!(None, "hmm_region::pending"),
@@ -257,6 +312,7 @@ impl Region {
             range,
             ops,
             owner,
+            dma,
             // Insert the notifier last: its callback may run at once and uses the other fields.
             //
             // INVARIANT: The notifier is inserted here, or the region is not created. `PinnedDrop`
@@ -278,7 +334,60 @@ impl Region {
         }? Error);
         let region = Arc::pin_init(init, GFP_KERNEL_ACCOUNT)?;
         region.prime_lockdep();
+        if let Some(dma) = &region.dma {
+            dma.add_region(region.key())?;
+        }
         Ok(region)
+    }
+
+    /// The key of the region in the list of its [`Dma`].
+    fn key(&self) -> usize {
+        (&raw const *self).expose_provenance()
+    }
+
+    /// Ends the use of the region by its device, whose driver is being unbound.
+    ///
+    /// # Safety
+    ///
+    /// `key` is the [`Region::key`] of a region in the list of its [`Dma`], whose lock is held.
+    pub(crate) unsafe fn detach(key: usize) {
+        // SAFETY: A region removes itself from the list, with the lock, before it is dropped.
+        let region = unsafe { &*core::ptr::with_exposed_provenance::<Self>(key) };
+        let mut entries = region.entries.write();
+        let callback = Callback::begin();
+        if entries.erase(region.range) != 0 {
+            let invalidated = region.ops.invalidate(Invalidate {
+                range: region.range,
+                cause: Cause::Unbind,
+                _op: PhantomData,
+            });
+            if let Some((flush, fence)) = invalidated.flush {
+                flush.wait(fence);
+            }
+        }
+        let pending = region.pending_in(region.range);
+        if let Some(pending) = pending {
+            pending.wait();
+        }
+        drop(callback);
+        // SAFETY: All flushes have ended. Where an invalidation has erased the entry, it waits for
+        // the lock before it is over. For all other pages none has begun.
+        unsafe { entries.unmap(region.range) };
+    }
+
+    /// Makes sure that entries can be installed for pages of the leaf of `va`. To be called without
+    /// the region's lock, and after the pages were faulted.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the driver of the device was unbound, [`ENOMEM`].
+    pub(crate) fn prepare(&self, va: usize) -> Result<Preparation<'_>> {
+        let bound = self.dma.as_ref().map(Dma::stay_bound).transpose()?;
+        let map = match &bound {
+            Some(bound) if !self.entries.read().has_map(va) => Some(Entries::new_map(bound)?),
+            _ => None,
+        };
+        Ok(Preparation { map, bound })
     }
 
     /// Tells lockdep that reclaim and `mmap_lock` come before the region's lock. Otherwise lockdep
@@ -412,6 +521,7 @@ impl Region {
 
         let Some(range) = range else { return true };
         let _callback = Callback::begin();
+        let mut flushing = pending.is_some();
         if entries.erase(range) != 0 || cause == Cause::Release {
             let invalidated = region.ops.invalidate(Invalidate {
                 range,
@@ -424,19 +534,35 @@ impl Region {
                     flush,
                     fence,
                 };
-                match region.set_pending(started) {
-                    // SAFETY: `finish` is valid for a write (see the # Safety section).
-                    Ok(()) => unsafe { *finish = region.finish.get() },
+                match region.set_pending(started, blockable) {
+                    Ok(()) => {
+                        flushing = true;
+                        // SAFETY: `finish` is valid for a write (see the # Safety section).
+                        unsafe { *finish = region.finish.get() };
+                    }
                     // There is one second pass for each region.
                     Err(started) => started.wait(),
                 }
             }
         }
+        if !flushing {
+            // SAFETY: This invalidation has erased the entries and is not over.
+            unsafe { entries.unmap(range) };
+        }
         drop(entries);
         if let Some(pending) = pending {
             pending.wait();
+            region.unmap(range);
         }
         true
+    }
+
+    /// Unmaps the pages of `range` without entries for the device, after a second pass.
+    fn unmap(&self, range: PageRange) {
+        if self.dma.is_some() {
+            // SAFETY: The caller is an invalidation that has erased the entries and is not over.
+            unsafe { self.entries.write().unmap(range) };
+        }
     }
 
     /// The pending flush, if it is one of pages in `range`.
@@ -445,10 +571,11 @@ impl Region {
         self.pending.lock().as_ref().filter(overlaps).cloned()
     }
 
-    /// Makes `started` the pending flush. Gives it back if there is one already.
-    fn set_pending(&self, started: Pending) -> Result<(), Pending> {
+    /// Makes `started` the pending flush. Gives it back if there is one already, or if the second
+    /// pass may not take the region's lock because the event is not `blockable`.
+    fn set_pending(&self, started: Pending, blockable: bool) -> Result<(), Pending> {
         let mut pending = self.pending.lock();
-        if pending.is_some() {
+        if pending.is_some() || !blockable {
             return Err(started);
         }
         *pending = Some(started);
@@ -471,7 +598,9 @@ impl Region {
         let _callback = Callback::begin();
         let pending = region.pending.lock().clone();
         if let Some(pending) = pending {
+            let range = pending.range;
             pending.wait();
+            region.unmap(range);
         }
         // Not before the flush has ended. From here on `finish` may be used again: mm has taken it
         // from its list.
@@ -502,6 +631,14 @@ impl Region {
 #[pinned_drop]
 impl PinnedDrop for Region {
     fn drop(self: Pin<&mut Self>) {
+        if let Some(dma) = &self.dma {
+            dma.remove_region(self.key(), || {
+                let mut entries = self.entries.write();
+                entries.erase(self.range);
+                // SAFETY: An invalidation that erases entries waits for the lock before it is over.
+                unsafe { entries.unmap(self.range) };
+            });
+        }
         // SAFETY: The type invariants say that the notifier is inserted. This does not run in a
         // callback of the notifier: a callback has no reference to the region, and a mirror that is
         // dropped in one is freed by a work item. The region's lock is not held, since a guard

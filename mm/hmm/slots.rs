@@ -140,6 +140,7 @@ pub(crate) struct Slots {
     used: List,
     free_pages: usize,
     closed: bool,
+    orphan: bool,
 }
 
 impl Slots {
@@ -163,6 +164,7 @@ impl Slots {
             used: List::EMPTY,
             free_pages: 0,
             closed: false,
+            orphan: false,
         })
     }
 
@@ -185,6 +187,22 @@ impl Slots {
     /// Makes [`Slots::alloc`] and [`Slots::add_chunk`] fail from now on. Blocks can still be freed.
     pub(crate) fn close(&mut self) {
         self.closed = true;
+    }
+
+    /// Records that only the pages in use keep the memory. It is closed.
+    pub(crate) fn orphan(&mut self) {
+        self.closed = true;
+        self.orphan = true;
+    }
+
+    /// Whether [`Slots::orphan`] was called.
+    pub(crate) fn is_orphan(&self) -> bool {
+        self.orphan
+    }
+
+    /// Whether all pages are free.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.free_pages == self.pages()
     }
 
     /// Whether a page can be allocated.

@@ -58,6 +58,11 @@ __rust_helper bool rust_helper_is_zero_pfn(unsigned long pfn)
 	return is_zero_pfn(pfn);
 }
 
+__rust_helper struct page *rust_helper_pfn_to_page(unsigned long pfn)
+{
+	return pfn_to_page(pfn);
+}
+
 __rust_helper unsigned long rust_helper_page_to_pfn(struct page *page)
 {
 	return page_to_pfn(page);
@@ -138,11 +143,6 @@ rust_helper_mmu_notifier_range_blockable(const struct mmu_notifier_range *range)
 __rust_helper int rust_helper_numa_mem_id(void)
 {
 	return numa_mem_id();
-}
-
-__rust_helper struct page *rust_helper_pfn_to_page(unsigned long pfn)
-{
-	return pfn_to_page(pfn);
 }
 
 __rust_helper void *rust_helper_page_address(const struct page *page)

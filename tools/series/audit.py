@@ -16,12 +16,15 @@ from common import HERE, Failure, fail_if, logfile, output, read, run, say, scra
 
 LISTS = HERE + "/audit/"
 EXPORTS = "mm/hmm/exports.c"
-DRIVER = "drivers/gpu/dummy"
-MODULE = DRIVER + "/dummy_gpu.ko"
-COMMAND = DRIVER + "/.dummy_gpu.o.cmd"
+# The drivers that use the crate, each in a directory: one with files of its own, and one that is a file.
+DUMMY, SAMPLE = "drivers/gpu/dummy", "samples/rust"
+DRIVERS = {DUMMY: "dummy_gpu", SAMPLE: "rust_driver_hmm"}
+MODULES = ["%s/%s.ko" % d for d in DRIVERS.items()]
 RST = "Documentation/mm/hmm-rust.rst"
-CONFIG = ("CONFIG_RUST_HMM=y", "CONFIG_RUST_HMM_DEVICE=y", "CONFIG_DEVICE_PRIVATE=y", "CONFIG_DUMMY_GPU=m")
-TYPES = {"mirror": "Mirror", "mm": "MirroredMm", "pool": "DevicePool"}  # of rust_hmm_<this>_<method>
+CONFIG = ("CONFIG_RUST_HMM=y", "CONFIG_RUST_HMM_DEVICE=y", "CONFIG_DEVICE_PRIVATE=y", "CONFIG_DUMMY_GPU=m",
+          "CONFIG_SAMPLE_RUST_DRIVER_HMM=m")
+TYPES = {"mirror": "Mirror", "mm": "MirroredMm", "pool": "DevicePool", "binding": "DmaBinding",
+         "device": "DmaDevice"}     # of rust_hmm_<this>_<method>
 
 
 def listed(name, reasons=True):
@@ -96,7 +99,7 @@ class Build:
         words = words[:words.index(";")] if ";" in words else words
         n = words.index("rustc")
         env = dict(self.tc.env, RUSTC_BOOTSTRAP="1", **dict(w.split("=", 1) for w in words[:n]))
-        drop = "--emit=", "--out-dir", "--remap-path-", DRIVER
+        drop = ("--emit=", "--out-dir", "--remap-path-", *DRIVERS)
         words = [w for w in words[n + 1:] if not w.startswith(drop)]
         run([tool] + words + list(args), "audit-" + tool, cwd=self.out, env=env, what=tool)
 
@@ -111,16 +114,17 @@ def of_mm(b):
 
 def exported(b):
     """Every line is GPL-only and has a user in the driver."""
-    symvers, needs = b.symvers(), b.undefined(MODULE)
+    symvers, needs = b.symvers(), set().union(*map(b.undefined, MODULES))
     fail_if(["%s is %s" % (s, symvers.get(s, "not exported")) for s in exports(b.src)
              if symvers.get(s) != "EXPORT_SYMBOL_GPL"]
-            + ["%s: the driver does not link to it" % s for s in exports(b.src) if s not in needs])
+            + ["%s: no driver links to it" % s for s in exports(b.src) if s not in needs])
 
 
 def linked(b):
     """The driver links to nothing else but what it may; of mm only what its own pages need."""
     allowed, own = listed("driver-symbols", reasons=False), listed("driver-own-pages")
-    mm, symvers, needs = of_mm(b), b.symvers(), b.undefined(MODULE) - set(exports(b.src))
+    mm, symvers = of_mm(b), b.symvers()
+    needs = set().union(*map(b.undefined, MODULES)) - set(exports(b.src))
     fail_if(["%s: the driver links to it, and it is not in audit/driver-symbols" % s for s in needs - allowed - own]
             + ["%s is mm's" % s for s in ((needs | allowed) & mm) - own]
             + ["%s is in audit/driver-own-pages, and the driver does not link to it" % s for s in own - needs]
@@ -144,13 +148,20 @@ class Crate:
 
     def __init__(self, b, tmp):
         b.rust("rustdoc", "rust/.hmm.o.cmd", "--output-format=json", "--output=" + tmp)
-        b.rust("rustc", COMMAND, "--emit=mir=" + tmp + "/driver.mir", "-Zmir-opt-level=0",
-               "-Ztrim-diagnostic-paths=no")
         doc = json.loads(read(tmp + "/hmm.json"))
-        self.index, self.items = doc["index"], {}
+        self.index, self.items, self.files, self.callers = doc["index"], {}, {}, {}
         self.walk(doc["root"])
-        self.read_driver(b)
-        self.read_mir(read(tmp + "/driver.mir"))
+        for directory, name in DRIVERS.items():
+            command = "%s/.%s.o.cmd" % (directory, name)
+            b.rust("rustc", command, "--emit=mir=%s/%s.mir" % (tmp, name), "-Zmir-opt-level=0",
+                   "-Ztrim-diagnostic-paths=no")
+            self.read_driver(b, directory, command)
+            self.read_mir(read("%s/%s.mir" % (tmp, name)), None if directory == DUMMY else name + ".rs")
+        self.text = "\n".join(self.files.values())
+        # rustc sees to it that nothing is imported for nothing.
+        self.named = set(re.findall(r"\bhmm::(\w+)", self.text))
+        for names in re.findall(r"\bhmm::\{([^}]*)\}", self.text):
+            self.named.update(re.findall(r"\w+", names))
 
     def inner(self, id_):
         return next(iter(self.index[str(id_)]["inner"].items()))
@@ -195,28 +206,22 @@ class Crate:
                 todo += x
         return found
 
-    def read_driver(self, b):
-        """The driver's text: the files that were compiled, without comments and KUnit suites."""
-        compiled, directory = read(os.path.join(b.out, COMMAND)), os.path.join(b.src, DRIVER)
-        self.files = {}
-        for name in glob.glob("**/*.rs", root_dir=directory, recursive=True):
-            if "%s/%s" % (DRIVER, name) in compiled:
-                text = re.sub(r"//.*", "", read(os.path.join(directory, name)))
+    def read_driver(self, b, directory, command):
+        """A driver's text: the files that were compiled, without comments and KUnit suites."""
+        compiled = read(os.path.join(b.out, command))
+        for name in glob.glob("**/*.rs", root_dir=os.path.join(b.src, directory), recursive=True):
+            if "%s/%s" % (directory, name) in compiled:
+                text = re.sub(r"//.*", "", read(os.path.join(b.src, directory, name)))
                 self.files[name] = re.sub(r"^#\[cfg\(CONFIG_\w*KUNIT\w*\)\]\n(?:.*\n)*?(?:\}|\S.*;)\n", "",
                                           text, flags=re.M)
-        self.text = "\n".join(self.files.values())
-        # rustc sees to it that nothing is imported for nothing.
-        self.named = set(re.findall(r"\bhmm::(\w+)", self.text))
-        for names in re.findall(r"\bhmm::\{([^}]*)\}", self.text):
-            self.named.update(re.findall(r"\w+", names))
 
-    def read_mir(self, mir):
-        """Which functions and constants of the crate the driver names: path to files."""
-        self.callers, file = {}, None
+    def read_mir(self, mir, file):
+        """Which functions and constants of the crate a driver names: path to files."""
+        one_file = bool(file)
         mir = re.sub(r"\bhmm::\w+::<impl hmm::(\w+)(?:<[^<>]*>)?>", r"hmm::\1", mir)
         for line in mir.splitlines():
             header = re.match(r"(?:fn|const|static) (\w+)::", line)
-            file = header.group(1) + ".rs" if header else file
+            file = header.group(1) + ".rs" if header and not one_file else file
             for path in re.findall(r"\bhmm::(\w+(?:::<(?:[^<>]|<[^<>]*>)*>)?::\w+)", line):
                 self.callers.setdefault(re.sub(r"<.*>::", "", path), set()).add(file)
 
@@ -315,9 +320,9 @@ def export_audit(tally, kernels):
         return
     with tally.test("audit: the files of mm/hmm/ use only files below them"):
         layers(kernels.src)
-    with tally.test("audit: every export is GPL-only and used by the driver"):
+    with tally.test("audit: every export is GPL-only and used by a driver"):
         exported(b)
-    with tally.test("audit: the driver links to nothing of mm's"):
+    with tally.test("audit: the drivers link to nothing of mm's"):
         linked(b)
     with tally.test("audit: what the crate reaches, a module may reach"):
         reached(b)
@@ -325,7 +330,7 @@ def export_audit(tally, kernels):
         crate = None
         with tally.test("audit: rustdoc and rustc list items and uses"):
             crate = Crate(b, tmp)
-        with tally.test("audit: every public item is used by the driver"):
+        with tally.test("audit: every public item is used by a driver"):
             if not crate:
                 raise Failure("there is no list")
             excused, unused = listed("unused-items"), crate.unused()

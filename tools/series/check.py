@@ -164,6 +164,21 @@ def spdx(src, changes):
     fail_if(["%s: no SPDX-License-Identifier" % f for f in missing])
 
 
+def quotes(src, rst, body):
+    """A file that is quoted is there, and has the lines where a quotation starts and ends, in this order."""
+    problems = []
+    for used, options in re.findall(r"^\.\. literalinclude:: (\S+)\n((?: +:.*\n)*)", body, re.M):
+        path = os.path.join(src, os.path.dirname(rst), used)
+        text, at = read(path) if os.path.exists(path) else "", 0
+        for option, line in re.findall(r":((?:start|end)-\w+): (.*)", options):
+            at = text.find(line, at)
+            if at < 0:
+                problems.append("%s: :%s: %s is not in %s" % (rst, option, line, used))
+                break
+            at += len(line)
+    return problems
+
+
 def kernel_doc(src, changes):
     log = logfile("kernel-doc")
     for f in changes.files(".c", ".h"):
@@ -178,6 +193,7 @@ def kernel_doc(src, changes):
         for used in re.findall(r"^\.\. kernel-doc:: (\S+)", body, re.M):
             if not os.path.exists(os.path.join(src, used)):
                 problems.append("%s: kernel-doc of %s, which is not there" % (rst, used))
+        problems += quotes(src, rst, body)
         index = os.path.join(src, os.path.dirname(rst), "index.rst")
         name = os.path.basename(rst)[:-4]
         if rst in changes.added and name != "index" and not (

@@ -37,6 +37,7 @@ MADE = {
     "CONFIG_RUST": ("rust/kernel.o",),
     "CONFIG_RUST_HMM": ("rust/hmm.o", "mm/hmm/exports.o"),
     "CONFIG_DUMMY_GPU": (DRIVER + "dummy_gpu.o",),
+    "CONFIG_SAMPLE_RUST_DRIVER_HMM": ("samples/rust/rust_driver_hmm.o",),
     "CONFIG_UML_VMEMMAP_KUNIT_TEST": ("arch/um/kernel/vmemmap_kunit.o", "arch/um/kernel/vmemmap.o"),
 }
 OURS = re.compile(r"hmm|dummy_gpu|um_vmemmap|migrate_device")

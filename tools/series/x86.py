@@ -13,9 +13,9 @@ import hmmtests
 import mmtests
 from common import HERE, Failure, logfile, read, say, write
 from hmmtests import HMM_TESTS
-from kernel import DEMO
+from kernel import DEMO, ON_PCI
 
-OURS, MAINLINE = "dummy_gpu", "test_hmm"
+OURS, MAINLINE, SAMPLE = "dummy_gpu", "test_hmm", "rust_driver_hmm"
 NODE = "/dev/hmm_dmirror0"
 TCG = ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]    # page tables of five levels only take time
 KVM = ["-accel", "kvm", "-cpu", "host"]
@@ -23,6 +23,10 @@ TIMEOUT = 900
 STAGE = 300                         # seconds for hmm-tests on one driver
 NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which would count in make bench
 ROUNDS = "DUMMY_GPU_ROUNDS=5"       # of dummy_gpu_life_test; the kernel hands it to init
+# The controller has memory that other devices might reach.
+EDU = ["-device", "edu,dma_mask=0xffffffffffffffff", "-device", "nvme,serial=p2p,cmb_size_mb=1"]
+# The IOMMU comes first. With caching-mode, Linux would flush the IOTLB for every page that it maps.
+DEVICES = {"x86": EDU, "x86-iommu": ["-device", "intel-iommu,caching-mode=off"] + EDU}
 
 
 # --- the kernel and the machine ---------------------------------------------------------------------
@@ -36,13 +40,15 @@ def build(kernels):
     name = "x86_64" + "-debug" * checkers()
     suites = os.path.join(kernels.out, name + ".suites")
     # Memory is sparse anyway, and there is no choice that would have this symbol.
-    write(suites, "".join(l for l in read(kernels.kunitconfig()).splitlines(True) if "SPARSEMEM_MANUAL" not in l))
+    write(suites, "".join(l for l in read(kernels.kunitconfig()).splitlines(True)
+                          if "SPARSEMEM_MANUAL" not in l and "CONFIG_UML_" not in l))
     kernels.build(name, suites, HERE + "/x86.config", *[HERE + "/debug.config"] * checkers(), arch="x86_64")
     return name
 
 
 def module(kernels, kernel, driver):
-    return os.path.join(kernels.dir(kernel), "lib" if driver == MAINLINE else "drivers/gpu/dummy", driver + ".ko")
+    where = {OURS: "drivers/gpu/dummy", MAINLINE: "lib", SAMPLE: "samples/rust"}[driver]
+    return os.path.join(kernels.dir(kernel), where, driver + ".ko")
 
 
 @functools.cache
@@ -58,7 +64,7 @@ def accelerator(kernels, kernel):
     return TCG
 
 
-def qemu(kernels, accel, kernel, root, consoles, words, cpus=2):
+def qemu(kernels, accel, kernel, root, consoles, words, cpus=2, devices=()):
     """The command that boots a kernel: its files come by 9p, its output goes to two consoles."""
     append = ["root=root", "rootfstype=9p", "rootflags=trans=virtio,version=9p2000.L,msize=512000", "rw",
               "init=/init", "console=ttyS0", "panic=-1", "tsc=reliable",
@@ -68,7 +74,7 @@ def qemu(kernels, accel, kernel, root, consoles, words, cpus=2):
     line = ["qemu-system-x86_64", "-machine", "q35"] + accel + [
         "-smp", str(cpus), "-m", "4G", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-serial", "stdio", "-kernel", os.path.join(kernels.dir(kernel), "arch/x86/boot/bzImage"),
-        "-append", " ".join(append + list(words))]
+        "-append", " ".join(append + list(words)), *devices]
     for tag, path, more in (("root", root, ""), ("host", "/", ",readonly=on")):
         line += ["-fsdev", "local,id=%s,path=%s,security_model=none,multidevs=remap%s" % (
             tag, path.replace(",", ",,"), more), "-device", "virtio-9p-pci,fsdev=%s,mount_tag=%s" % (tag, tag)]
@@ -80,10 +86,11 @@ def qemu(kernels, accel, kernel, root, consoles, words, cpus=2):
     return line
 
 
-def boot(kernels, kernel, path, name, args=(), driver=OURS, extra=("kunit.enable=0",), accel=None, cpus=2, **kw):
+def boot(kernels, kernel, path, name, args=(), driver=OURS, extra=("kunit.enable=0",), accel=None, cpus=2,
+         devices=(), **kw):
     """A program in that kernel with that driver loaded. Returns its status. The CPUs are asserted."""
     modules = [module(kernels, kernel, driver)] if driver else []
-    machine = functools.partial(qemu, kernels, accel or accelerator(kernels, kernel), cpus=cpus)
+    machine = functools.partial(qemu, kernels, accel or accelerator(kernels, kernel), cpus=cpus, devices=devices)
     status = kernels.boot(path, args, kernel=kernel, machine=machine, modules=modules, extra=extra, name=name, **kw)
     if not re.search(r"smp: Brought up \d+ nodes?, %d CPUs?$" % cpus, read(logfile(name)), re.M):
         raise Failure("it did not run on %d CPUs" % cpus, logfile(name), 125)
@@ -274,6 +281,12 @@ def x86(tally, kernels):
             tally, "x86", name, prefix=prefix(), look=quiet,
             boot=lambda log, f: boot(kernels, kernel, os.path.join(directory, name), log, out=f, err=f,
                                      extra=("kunit.enable=0", "numa=fake=2", ROUNDS), timeout=TIMEOUT))
+    for tier, devices in DEVICES.items():
+        for name in ON_PCI:
+            kernels.selftest(
+                tally, tier, name, prefix=prefix().replace("x86", tier), look=quiet,
+                boot=lambda log, f: boot(kernels, kernel, os.path.join(directory, name), log, driver=SAMPLE, out=f,
+                                         err=f, devices=devices, timeout=TIMEOUT))
     with tally.test("x86: the demo"):
         log = logfile("x86-demo-output")
         with open(log, "wb") as f:

@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The counters in debugfs.
+//! The counters in debugfs, and what makes the device fail.
 //!
 //! - `dummy_gpu/dummy_gpuN/stats` has the counters of instance N.
 //! - `dummy_gpu/dummy_gpuN/files/TGID-ID` has those of an open file. TGID is the process that
 //!   opened it; ID tells apart the files of one process.
 //!
-//! Each line is the name that the counter has in `struct dummy_gpu_stats`, and its value.
+//! - `dummy_gpu/dummy_gpuN/lose` makes the memory of instance N fail for good when anything is
+//!   written to it.
+//!
+//! Each line of the others is the name that the counter has in `struct dummy_gpu_stats`, and its
+//! value.
 
-use super::counters::{
-    Counters,
-    FileStats,
-    NAMES, //
+use super::{
+    counters::{
+        Counters,
+        FileStats,
+        NAMES, //
+    },
+    vram::Vram, //
 };
 use kernel::{
     debugfs::{
@@ -27,7 +34,8 @@ use kernel::{
             Relaxed, //
         },
         Arc, //
-    }, //
+    },
+    uaccess::UserSliceReader, //
 };
 
 fn show(counters: &Counters, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -64,6 +72,12 @@ impl InstanceDir {
     ) -> impl PinInit<File<Arc<Counters>>> + '_ {
         self.dir
             .read_callback_file(c"stats", counters, &|counters, f| show(counters, f))
+    }
+
+    /// Creates the file that makes the memory of the instance fail.
+    pub(crate) fn lose(&self, vram: Arc<Vram>) -> impl PinInit<File<Arc<Vram>>> + '_ {
+        self.dir
+            .write_callback_file(c"lose", vram, &|vram, _: &mut UserSliceReader| vram.lose())
     }
 
     /// Returns a new name, TGID-ID, for a file that the current process opens.

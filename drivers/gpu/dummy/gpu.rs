@@ -96,8 +96,14 @@ impl SleepOps for Gpu {
     /// Stops the GPU, and evicts all pages to system memory, where they keep their contents.
     fn prepare(&self) -> Result {
         self.power.switch_off();
-        let evicted = self.vram.as_ref().map_or(Ok(()), |vram| vram.evict());
-        evicted.inspect_err(|_| self.power.switch_on())
+        match self.vram.as_ref().map(|vram| vram.evict()) {
+            // A memory that is lost already has nothing to lose.
+            None | Some(Ok(()) | Err(ENODEV)) => Ok(()),
+            Some(Err(err)) => {
+                self.power.switch_on();
+                Err(err)
+            }
+        }
     }
 
     fn awake(&self) {
@@ -115,6 +121,7 @@ pub(crate) struct Instance {
     _sleep: SleepNotifier<Gpu>,
     #[pin]
     _stats: debugfs::File<Arc<Counters>>,
+    _lose: Option<Pin<KBox<debugfs::File<Arc<Vram>>>>>,
     _device: faux::Registration,
 }
 
@@ -127,11 +134,14 @@ impl Instance {
     pub(crate) fn new(name: &'static CStr, gpu: Arc<Gpu>) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
             let device = faux::Registration::new(name, None)?;
+            let lose = |vram: &Arc<Vram>| KBox::pin_init(gpu.dir.lose(vram.clone()), GFP_KERNEL);
+            let lose = gpu.vram.as_ref().map(lose).transpose()?;
 
             Ok(try_pin_init!(Self {
                 _sleep <- SleepNotifier::register(gpu.clone()),
                 _stats <- gpu.dir.instance(gpu.counters.clone()),
                 _node <- MiscDeviceRegistration::register(MiscDeviceOptions { name }, gpu.clone()),
+                _lose: lose,
                 _device: device,
             }? Error))
         })

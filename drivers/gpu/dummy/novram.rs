@@ -59,6 +59,10 @@ impl Vram {
         match *self {}
     }
 
+    pub(crate) fn lose(&self) -> Result {
+        match *self {}
+    }
+
     pub(crate) fn evict(&self) -> Result {
         match *self {}
     }

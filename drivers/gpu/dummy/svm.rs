@@ -170,7 +170,8 @@ fn counter(cause: Cause) -> Counter {
     match cause {
         Cause::Unmap => Counter::Unmaps,
         Cause::Protect => Counter::Protections,
-        Cause::Clear => Counter::Clears,
+        // No driver is bound to the device that this would be about.
+        Cause::Clear | Cause::Unbind => Counter::Clears,
         Cause::OwnMigration => Counter::OwnMigrations,
         Cause::OtherMigration => Counter::OtherMigrations,
         Cause::Exclusive => Counter::Exclusives,

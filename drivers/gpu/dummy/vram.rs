@@ -20,6 +20,7 @@ pub(crate) use hmm::Holes;
 use hmm::{
     CopyBatch,
     CopyOp,
+    CpuAccess,
     DevicePool,
     MigrateBuf,
     MigrateReason,
@@ -40,6 +41,10 @@ use kernel::{
         SZ_64K, //
     },
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         ArcBorrow,
         SpinLock, //
@@ -68,6 +73,8 @@ pub(crate) type MoveBuf = MigrateBuf;
 pub(crate) struct Vram {
     pool: DevicePool<VramBuf>,
     size: usize,
+    /// Whether the engine that copies has failed.
+    failed: Arc<Atomic<bool>>,
 }
 
 impl Vram {
@@ -82,12 +89,14 @@ impl Vram {
         }
         let chunks = size.div_ceil(CHUNK);
         let size = chunks * CHUNK;
-        let buf = Arc::new(VramBuf::new(size)?, GFP_KERNEL)?;
+        let failed = Arc::new(Atomic::new(false), GFP_KERNEL)?;
+        let buf = Arc::new(VramBuf::new(size, failed.clone())?, GFP_KERNEL)?;
         let module = this_module::<crate::LocalModule>();
 
         Ok(Self {
-            pool: DevicePool::new(module, name, buf, CHUNK_PAGES, chunks)?,
+            pool: DevicePool::with_cpu_access(module, name, buf, CHUNK_PAGES, chunks)?,
             size,
+            failed,
         })
     }
 
@@ -148,6 +157,17 @@ impl Vram {
         mm.migrate_to_ram(range, buf)
     }
 
+    /// Loses the memory for good: the engine that copies has failed. A copy that is running fails
+    /// as soon as it can.
+    ///
+    /// # Errors
+    ///
+    /// None: this is not called by the core.
+    pub(crate) fn lose(&self) -> Result {
+        self.failed.store(true, Relaxed);
+        self.pool.lost()
+    }
+
     /// Evicts all pages, also those of other processes, to system memory.
     ///
     /// # Errors
@@ -162,11 +182,14 @@ impl Vram {
 ///
 /// Lock order: the lock of a block is the innermost lock. No other lock is taken and nothing is
 /// allocated while it is held.
-struct VramBuf(KVVec<Pin<KBox<SpinLock<KVVec<u8>>>>>);
+struct VramBuf {
+    blocks: KVVec<Pin<KBox<SpinLock<KVVec<u8>>>>>,
+    failed: Arc<Atomic<bool>>,
+}
 
 impl VramBuf {
     /// Allocates `size` bytes of zeroes. The last block may be smaller than the others.
-    fn new(size: usize) -> Result<Self> {
+    fn new(size: usize, failed: Arc<Atomic<bool>>) -> Result<Self> {
         let mut blocks = KVVec::with_capacity(size.div_ceil(BLOCK_SIZE), GFP_KERNEL)?;
 
         for start in (0..size).step_by(BLOCK_SIZE) {
@@ -174,7 +197,7 @@ impl VramBuf {
             let block = KBox::pin_init(new_spinlock!(bytes, "dummy_gpu::vram"), GFP_KERNEL)?;
             blocks.push(block, GFP_KERNEL)?;
         }
-        Ok(Self(blocks))
+        Ok(Self { blocks, failed })
     }
 
     /// Splits the `len` bytes at `address` at page boundaries and calls `access` for each part,
@@ -195,7 +218,7 @@ impl VramBuf {
 
         while done < len {
             let at = address + done;
-            let mut block = self.0.get(at / BLOCK_SIZE).ok_or(EIO)?.lock();
+            let mut block = self.blocks.get(at / BLOCK_SIZE).ok_or(EIO)?.lock();
             let rest = block.get_mut(at % BLOCK_SIZE..).ok_or(EIO)?;
             let page_rest = PAGE_SIZE - at % PAGE_SIZE;
             let count = (len - done).min(page_rest).min(rest.len());
@@ -214,6 +237,9 @@ impl PoolOps for VramBuf {
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         for op in batch {
+            if self.failed.load(Relaxed) {
+                return Err(ENODEV);
+            }
             match op {
                 CopyOp::ToDevice { from, to } => {
                     self.for_each_page(to.start(), from.len(), |bytes, part| {
@@ -235,6 +261,21 @@ impl PoolOps for VramBuf {
         Ok(())
     }
 
+    fn migrated_to_ram(&self, stats: ArcBorrow<'_, FileStats>, reason: MigrateReason) {
+        let counter = match reason {
+            MigrateReason::CpuFault => Counter::PagesCpuFaulted,
+            MigrateReason::Evict => Counter::PagesEvicted,
+            MigrateReason::Request => Counter::PagesToSystem,
+        };
+        stats.add(counter, 1);
+    }
+
+    fn page_freed(&self, stats: Arc<FileStats>) {
+        stats.sub(Counter::DevicePages, 1);
+    }
+}
+
+impl CpuAccess for VramBuf {
     fn read(&self, address: usize, buf: &mut [u8]) {
         // This cannot fail: the core reads only pages of this memory.
         let _ = self.for_each_page(address, buf.len(), |bytes, part| {
@@ -247,19 +288,6 @@ impl PoolOps for VramBuf {
         let _ = self.for_each_page(address, buf.len(), |bytes, part| {
             bytes.copy_from_slice(&buf[part])
         });
-    }
-
-    fn migrated_to_ram(&self, stats: ArcBorrow<'_, FileStats>, reason: MigrateReason) {
-        let counter = match reason {
-            MigrateReason::CpuFault => Counter::PagesCpuFaulted,
-            MigrateReason::Evict => Counter::PagesEvicted,
-            MigrateReason::Request => Counter::PagesToSystem,
-        };
-        stats.add(counter, 1);
-    }
-
-    fn page_freed(&self, stats: Arc<FileStats>) {
-        stats.sub(Counter::DevicePages, 1);
     }
 }
 
@@ -278,6 +306,10 @@ mod tests {
     const WORD: usize = size_of::<u64>();
     const SIZE: usize = 4 * WORD;
 
+    fn buf_of(size: usize) -> Result<VramBuf> {
+        VramBuf::new(size, Arc::new(Atomic::new(false), GFP_KERNEL)?)
+    }
+
     /// All bytes of the memory.
     fn bytes(buf: &VramBuf) -> [u8; SIZE] {
         let mut bytes = [0xff; SIZE];
@@ -294,7 +326,7 @@ mod tests {
 
     #[test]
     fn new_memory_is_zero() -> Result {
-        let buf = VramBuf::new(SIZE)?;
+        let buf = buf_of(SIZE)?;
 
         assert_eq!(bytes(&buf), [0; SIZE]);
         Ok(())
@@ -304,7 +336,7 @@ mod tests {
     fn any_bytes_can_be_written_and_no_others_change() -> Result {
         for first in 0..SIZE {
             for end in first..=SIZE {
-                let buf = VramBuf::new(SIZE)?;
+                let buf = buf_of(SIZE)?;
                 let mut expected = [0x11; SIZE];
                 buf.write(0, &expected);
 
@@ -319,7 +351,7 @@ mod tests {
 
     #[test]
     fn any_bytes_can_be_read() -> Result {
-        let buf = VramBuf::new(SIZE)?;
+        let buf = buf_of(SIZE)?;
         let all: [u8; SIZE] = core::array::from_fn(|n| n as u8);
         buf.write(0, &all);
 
@@ -337,7 +369,7 @@ mod tests {
     fn an_access_may_reach_over_pages_and_blocks() -> Result {
         const LEN: usize = 2 * PAGE_SIZE + 2;
 
-        let buf = VramBuf::new(2 * BLOCK_SIZE)?;
+        let buf = buf_of(2 * BLOCK_SIZE)?;
         let value = KVec::from_elem(0x33, LEN, GFP_KERNEL)?;
         let mut seen = KVec::zeroed(LEN + 2, GFP_KERNEL)?;
         let first = BLOCK_SIZE - PAGE_SIZE - 1;
@@ -391,7 +423,7 @@ mod tests {
     fn writers_of_different_bytes_of_a_word_lose_none() -> Result {
         const ROUNDS: u8 = 32;
 
-        let buf = Arc::new(VramBuf::new(RACE_SIZE)?, GFP_KERNEL)?;
+        let buf = Arc::new(buf_of(RACE_SIZE)?, GFP_KERNEL)?;
         let mut seen = KVec::zeroed(RACE_SIZE, GFP_KERNEL)?;
         for value in 1..=ROUNDS {
             let writer = OddWriter::new(buf.clone(), value)?;
@@ -411,7 +443,7 @@ mod tests {
 
     #[test]
     fn bytes_past_the_end_are_not_written() -> Result {
-        let buf = VramBuf::new(SIZE)?;
+        let buf = buf_of(SIZE)?;
 
         buf.write(SIZE - 2, &[1; 8]);
         buf.read(SIZE, &mut [0; 8]);

@@ -399,7 +399,7 @@ enum dummy_gpu_location {
  *    aligned, the range wraps, or @location is unknown.
  *  - EFAULT: The range reaches beyond the user address space, or nothing is
  *    mapped at @start + @done.
- *  - ENODEV: The device has no memory of its own.
+ *  - ENODEV: The device has no memory of its own, or has lost it.
  *  - ENOMEM: The device's memory is full and nothing in it can be evicted,
  *    there is no free system memory, or the ioctl could not allocate its
  *    buffers.

@@ -15,6 +15,7 @@ use super::{
             Reservation, //
         },
         pool_ops::{
+            CpuAccess,
             MigrateReason,
             PageData,
             PoolOps, //
@@ -139,7 +140,8 @@ impl<D: Tally> TestDevice<D> {
             }),
             GFP_KERNEL,
         )?;
-        let pool = DevicePool::new(module, c"hmm_kunit", device.clone(), CHUNK, chunks)?;
+        let ops = device.clone();
+        let pool = DevicePool::with_cpu_access(module, c"hmm_kunit", ops, CHUNK, chunks)?;
         Ok((device, pool))
     }
 
@@ -186,14 +188,6 @@ impl<D: Tally> PoolOps for TestDevice<D> {
         Ok(())
     }
 
-    fn read(&self, address: usize, buf: &mut [u8]) {
-        buf.copy_from_slice(&self.memory.lock()[address..address + buf.len()]);
-    }
-
-    fn write(&self, address: usize, buf: &[u8]) {
-        self.memory.lock()[address..address + buf.len()].copy_from_slice(buf);
-    }
-
     fn migrated_to_ram(&self, data: D::Borrowed<'_>, reason: MigrateReason) {
         if D::value(&data) != 0 {
             self.home[reason as usize].add(1, Relaxed);
@@ -203,5 +197,15 @@ impl<D: Tally> PoolOps for TestDevice<D> {
     fn page_freed(&self, data: D) {
         self.freed.add(1, Relaxed);
         self.sum.add(D::own(data), Relaxed);
+    }
+}
+
+impl<D: Tally> CpuAccess for TestDevice<D> {
+    fn read(&self, address: usize, buf: &mut [u8]) {
+        buf.copy_from_slice(&self.memory.lock()[address..address + buf.len()]);
+    }
+
+    fn write(&self, address: usize, buf: &[u8]) {
+        self.memory.lock()[address..address + buf.len()].copy_from_slice(buf);
     }
 }

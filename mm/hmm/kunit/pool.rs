@@ -110,10 +110,6 @@ impl PoolOps for Inward {
         Ok(())
     }
 
-    fn read(&self, _address: usize, _buf: &mut [u8]) {}
-
-    fn write(&self, _address: usize, _buf: &[u8]) {}
-
     fn migrated_to_ram(&self, _data: ArcBorrow<'_, Unused>, _reason: MigrateReason) {}
 
     fn page_freed(&self, _data: Arc<Unused>) {}

@@ -12,5 +12,6 @@ pub fn forge(window: PageRange) -> Commit<'static> {
         window,
         needed: Some(window),
         pfns: &[],
+        addresses: &[],
     }
 }

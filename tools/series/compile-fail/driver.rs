@@ -4,11 +4,16 @@
 #![forbid(unsafe_code)]
 
 use hmm::{
-    Access, Commit, CopyBatch, CopyOp, DevicePage, DevicePool, Entry, ExclusivePage, FaultBuf,
-    FaultRequest, Holes, Invalidate, Invalidated, MigrateBuf, MigrateReason, Migrated, Mirror,
-    MirrorOps, PageRange, PoolOps, RamPage, WritePage,
+    Access, Commit, CopyBatch, CopyOp, DevicePage, DevicePool, DmaBinding, Entry, ExclusivePage,
+    FaultBuf, FaultRequest, Holes, Invalidate, Invalidated, Location, MigrateBuf, MigrateReason,
+    Migrated, Mirror, MirrorOps, PageRange, PoolOps, RamPage, Span, WritePage, WriteSpan,
 };
-use kernel::{prelude::*, sync::Arc, workqueue::system_dfl};
+use kernel::{
+    device::{Bound, Device},
+    prelude::*,
+    sync::Arc,
+    workqueue::system_dfl,
+};
 
 pub struct Ops;
 
@@ -43,6 +48,31 @@ pub fn open(module: &'static ThisModule) -> Result<Mirror> {
     Mirror::new(module, Arc::new(Ops, GFP_KERNEL)?)
 }
 
+pub fn map_span(span: &WriteSpan<'_>) -> Location {
+    span.location()
+}
+
+pub fn fault_for_dma(mirror: &Mirror, buf: &mut FaultBuf, range: PageRange) -> Result<usize> {
+    mirror.mm()?.fault(FaultRequest::new(range, Access::Write), buf, |commit| {
+        commit
+            .spans()
+            .filter_map(|span| match span {
+                Span::Write(span) => Some(map_span(&span)),
+                Span::Read(_) => None,
+            })
+            .count()
+    })
+}
+
+pub fn open_for_dma(
+    module: &'static ThisModule,
+    dev: &Device<Bound>,
+) -> Result<(DmaBinding, Mirror)> {
+    let binding = DmaBinding::new(dev)?;
+    let mirror = Mirror::for_device(module, Arc::new(Ops, GFP_KERNEL)?, &binding.device())?;
+    Ok((binding, mirror))
+}
+
 pub struct Vram;
 
 impl PoolOps for Vram {
@@ -56,10 +86,6 @@ impl PoolOps for Vram {
         }
         Ok(())
     }
-
-    fn read(&self, _address: usize, _buf: &mut [u8]) {}
-
-    fn write(&self, _address: usize, _buf: &[u8]) {}
 
     fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
 

@@ -25,10 +25,6 @@ impl PoolOps for Kind<General> {
         Ok(())
     }
 
-    fn read(&self, _address: usize, _buf: &mut [u8]) {}
-
-    fn write(&self, _address: usize, _buf: &[u8]) {}
-
     fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
 
     fn page_freed(&self, _data: u64) {}
@@ -41,10 +37,6 @@ impl PoolOps for Kind<Special> {
         batch.for_each(drop);
         Ok(())
     }
-
-    fn read(&self, _address: usize, _buf: &mut [u8]) {}
-
-    fn write(&self, _address: usize, _buf: &[u8]) {}
 
     fn migrated_to_ram(&self, _data: ArcBorrow<'_, u64>, _reason: MigrateReason) {}
 

@@ -11,6 +11,7 @@
 #include <linux/elf.h>
 #include <linux/io_uring.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -2214,6 +2215,191 @@ TEST_F_SETS(memory_that_a_device_must_flush_is_not_reaped_after_an_oom_kill)
 		EXPECT_TRUE(was_killed(reaped_end(_metadata, self, &r), SIGKILL));
 	}
 	EXPECT_EQ(0, rmdir(group)) TH_LOG("%s", strerror(errno));
+}
+
+#define LOSE	"/sys/kernel/debug/dummy_gpu/dummy_gpu0/lose"
+
+static __thread sigjmp_buf *touching;
+
+static void sigbus(int sig)
+{
+	if (!touching)
+		_exit(100 + sig);
+	siglongjmp(*touching, 1);
+}
+
+/* A CPU reads a page: 0, -EFAULT if it got SIGBUS, -EBADMSG if it read other bytes. */
+static int touch(const uint8_t *p, const uint8_t *expect)
+{
+	sigjmp_buf here;
+	int err = -EFAULT;
+
+	if (!sigsetjmp(here, 1)) {
+		touching = &here;
+		err = cpu_differs(p, expect, page) == page ? 0 : -EBADMSG;
+	}
+	touching = NULL;
+	return err;
+}
+
+/* Expects that only what was on the device is gone. The device may be gone, too (fd < 0). */
+static void expect_lost(struct __test_metadata *_metadata, LIFE *self, int fd, uint8_t *p,
+			size_t lost)
+{
+	for (size_t i = 0; i < PAGES; i++) {
+		uint8_t *at = p + i * page;
+		int err = i < lost ? -EFAULT : 0;
+
+		EXPECT_EQ(err, touch(at, self->expect + i * page)) TH_LOG("page %zu", i);
+		if (fd >= 0)
+			EXPECT_EQ(err, run(fd, gpu_unary(DUMMY_GPU_OP_SUM, self->result, at, page)));
+	}
+}
+
+/* The device fails while nothing uses it; then its driver goes. */
+TEST_F_SETS(only_what_a_lost_device_had_is_lost)
+{
+	const char *path = without_module(_metadata, self);
+	const size_t lost = PAGES / 2;
+	struct other other;
+	uint8_t *p;
+	uint64_t start;
+	pid_t pid;
+	int fd;
+
+	if (!path)
+		return;
+	signal(SIGBUS, sigbus);
+	ASSERT_EQ(0, module_insert(path, 4UL << 20));
+	p = map_random(-1, self->expect, self->length, 1);
+	ASSERT_NE(NULL, p);
+	fd = open_new();
+	ASSERT_LE(0, fd);
+	ASSERT_EQ(lost, prefetch_all(fd, p, lost * page, DUMMY_GPU_LOCATION_DEVICE));
+	pid = spawn(&other);
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		close(fd);
+		if (hear(&other))
+			_exit(1);
+		for (size_t i = 0; i < PAGES; i++) {
+			if (touch(p + i * page, self->expect + i * page) != (i < lost ? -EFAULT : 0))
+				_exit(2);
+		}
+		_exit(tell(&other) ? 3 : 0);
+	}
+	ASSERT_TRUE(write_to(LOSE, "1"));
+	expect_lost(_metadata, self, fd, p, lost);
+	EXPECT_EQ(-ENODEV, prefetch_all(fd, p + lost * page, page, DUMMY_GPU_LOCATION_DEVICE));
+	EXPECT_EQ(0, tell(&other));
+	EXPECT_EQ(0, hear(&other));
+	EXPECT_EQ(0, ended(&other));
+	/* The statistics have lost the pages, too. */
+	EXPECT_EQ(0, instance_pages());
+
+	/* The driver is removed at once, though the process has the pages. */
+	close(fd);
+	start = microseconds();
+	ASSERT_EQ(0, module_remove());
+	EXPECT_GT(1000 * 1000, microseconds() - start);
+	expect_lost(_metadata, self, -1, p, lost);
+	/* The next one has nothing to do with them. */
+	ASSERT_EQ(0, module_insert(path, 4UL << 20));
+	fd = open_new();
+	ASSERT_LE(0, fd);
+	expect_lost(_metadata, self, fd, p, lost);
+	/* The addresses can be used again. */
+	ASSERT_EQ(0, madvise(p, lost * page, MADV_DONTNEED));
+	ASSERT_EQ(0, run(fd, gpu_fill(p, 7, page)));
+	EXPECT_EQ(page, cpu_unlike(p, 7, page));
+	munmap(p, self->length);
+	close(fd);
+}
+
+struct loser {
+	int fd;
+	uint8_t *p;
+	const uint8_t *expect;
+	size_t length;
+	bool stop;
+	int err;
+};
+
+/* Moves pages to the device and back. */
+static void *lose_move_thread(void *arg)
+{
+	struct loser *l = arg;
+
+	while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
+		prefetch_all(l->fd, l->p, l->length, DUMMY_GPU_LOCATION_DEVICE);
+		prefetch_all(l->fd, l->p, l->length / 2, DUMMY_GPU_LOCATION_SYSTEM);
+	}
+	return NULL;
+}
+
+/* A CPU touches pages, which are right or lost. */
+static void *lose_touch_thread(void *arg)
+{
+	struct loser *l = arg;
+	uint64_t seed = 1;
+
+	while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
+		size_t at = cpu_random(&seed) % (l->length / page) * page;
+
+		if (touch(l->p + at, l->expect + at) == -EBADMSG)
+			l->err = -EBADMSG;
+	}
+	return NULL;
+}
+
+/*
+ * The device fails while pages migrate there, are evicted, and are touched by
+ * CPUs, and sometimes while its driver goes. No page has other bytes than
+ * before: it is right, or it is lost.
+ */
+TEST_F_SETS(lost_at_any_moment)
+{
+	const char *path = without_module(_metadata, self);
+	/* More than the memory of the device. */
+	const size_t length = 6UL << 20;
+	uint8_t *expect = malloc(length);
+	size_t gone = 0;
+
+	ASSERT_NE(NULL, expect);
+	if (!path)
+		return;
+	signal(SIGBUS, sigbus);
+	ASSERT_EQ(0, module_insert(path, 4UL << 20));
+	for (int round = 0; round < ROUNDS / 5 + 1; round++) {
+		uint8_t *p = map_random(-1, expect, length, round);
+		struct loser loser = { open_new(), p, expect, length, false, 0 };
+		pthread_t mover, toucher;
+
+		ASSERT_NE(NULL, p);
+		ASSERT_LE(0, loser.fd);
+		ASSERT_EQ(0, pthread_create(&mover, NULL, lose_move_thread, &loser));
+		ASSERT_EQ(0, pthread_create(&toucher, NULL, lose_touch_thread, &loser));
+		usleep(round * 7919 % 30000);
+		ASSERT_TRUE(write_to(LOSE, "1"));
+		usleep(1000);
+		__atomic_store_n(&loser.stop, true, __ATOMIC_RELEASE);
+		EXPECT_EQ(0, pthread_join(mover, NULL));
+		EXPECT_EQ(0, pthread_join(toucher, NULL));
+		EXPECT_EQ(0, loser.err);
+		EXPECT_EQ(0, instance_pages());
+		close(loser.fd);
+		ASSERT_EQ(0, module_remove());
+		for (size_t at = 0; at < length; at += page) {
+			int err = touch(p + at, expect + at);
+
+			EXPECT_NE(-EBADMSG, err) TH_LOG("round %d, page %zu", round, at / page);
+			gone += err == -EFAULT;
+		}
+		munmap(p, length);
+		ASSERT_EQ(0, module_insert(path, 4UL << 20));
+	}
+	EXPECT_LT(0, gone);
+	free(expect);
 }
 
 TEST_HARNESS_MAIN
