@@ -106,6 +106,9 @@ impl<T: PoolOps> DevicePool<T> {
     /// The pool represents one part of the device's memory, which the driver uses for nothing else.
     /// Addresses that the core passes to the driver are bytes from the start of that part.
     ///
+    /// If the device is made of software, `cpu` lets [`Mirror::read`](super::Mirror::read) and
+    /// [`Mirror::write`](super::Mirror::write) reach its memory.
+    ///
     /// `name` appears in `/proc/iomem`. Each chunk has its own `struct page`s and reserves a range
     /// of physical addresses that is rounded up to a memory section (128 MiB on x86_64), so a large
     /// device should have large chunks.
@@ -121,47 +124,11 @@ impl<T: PoolOps> DevicePool<T> {
         module: &'static ThisModule,
         name: &CStr,
         ops: Arc<T>,
+        cpu: Option<Arc<dyn CpuAccess>>,
         chunk_pages: usize,
         max_chunks: usize,
     ) -> Result<Self> {
-        let ops = DriverOps { ops, cpu: None };
-        Self::with(module, name, ops, chunk_pages, max_chunks)
-    }
-
-    /// Like [`DevicePool::new`], for a device that is made of software:
-    /// [`Mirror::read`](super::Mirror::read) and [`Mirror::write`](super::Mirror::write) reach its
-    /// memory.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DevicePool::new`].
-    #[inline]
-    pub fn with_cpu_access(
-        module: &'static ThisModule,
-        name: &CStr,
-        ops: Arc<T>,
-        chunk_pages: usize,
-        max_chunks: usize,
-    ) -> Result<Self>
-    where
-        T: CpuAccess,
-    {
-        let cpu: Arc<dyn CpuAccess> = ops.clone();
-        let ops = DriverOps {
-            ops,
-            cpu: Some(cpu),
-        };
-        Self::with(module, name, ops, chunk_pages, max_chunks)
-    }
-
-    #[inline]
-    fn with(
-        module: &'static ThisModule,
-        name: &CStr,
-        ops: DriverOps,
-        chunk_pages: usize,
-        max_chunks: usize,
-    ) -> Result<Self> {
+        let ops = DriverOps { ops, cpu };
         Ok(Self {
             pool: ManuallyDrop::new(pool_new(module, name, ops, chunk_pages, max_chunks)?),
             _ops: PhantomData,

@@ -350,22 +350,22 @@ impl Entries {
             return false;
         };
         let offset = va & !PAGE_MASK;
-        match place {
+        let written = match place {
             // SAFETY: `page()` checked that the bytes lie in one page. The type invariants say that
             // a page marked as a device page belongs to the pool. It is not freed while the
             // region's lock is held.
-            Place::Device => {
-                if !unsafe { Pool::write(page, offset, buf) } {
-                    return false;
-                }
-            }
+            Place::Device => unsafe { Pool::write(page, offset, buf) },
             // SAFETY: `page()` checked that the bytes lie in one page, and that the page may be
             // written. It is not freed while the region's lock is held. The type invariants say
             // that it is in the direct map. `buf` is valid for reads of its length. C code copies
             // the bytes, so a concurrent access by the process can only mix old and new bytes.
             Place::Ram => unsafe {
-                bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len())
+                bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len());
+                true
             },
+        };
+        if !written {
+            return false;
         }
         // A writable PTE may be clean, for example after a swap-in. If the folio were not marked
         // dirty, reclaim would then drop what the device wrote. The page cannot be truncated while

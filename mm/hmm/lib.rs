@@ -89,9 +89,10 @@
 //! - [`DevicePool`]: if it is leaked, or dropped while the core calls a driver, the core ends it
 //!   when its module is unloaded: after the module's exit function, before the module's code is
 //!   freed.
-//! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`], [`Span`] and [`ExclusivePage`] are only
-//!   lent to a closure and have no destructor. A closure cannot fault again, so a task never has
-//!   those of two mirrors at a time and cannot confuse their pages.
+//! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`] and [`ExclusivePage`] are only lent to a
+//!   closure and have no destructor. A closure cannot fault again, so a task never has those of two
+//!   mirrors at a time and cannot confuse their pages.
+//! - [`Span`], [`ReadSpan`] and [`WriteSpan`]: the same.
 //! - [`Invalidate`] and [`Invalidated`] have a lifetime that is unique to each call of
 //!   [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that was made
 //!   from its own [`Invalidate`]. What [`Invalidate::flushing`] was given, the core drops after it

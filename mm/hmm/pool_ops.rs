@@ -195,7 +195,7 @@ pub trait PoolOps: Send + Sync + 'static {
 
 /// What a device that is made of software implements in addition, so that
 /// [`Mirror::read`](super::Mirror::read) and [`Mirror::write`](super::Mirror::write) reach its
-/// memory. To be passed to [`DevicePool::with_cpu_access`](super::DevicePool::with_cpu_access).
+/// memory. To be passed to [`DevicePool::new`](super::DevicePool::new).
 pub trait CpuAccess: Send + Sync + 'static {
     /// Reads the device's memory at `address`.
     ///

@@ -12,14 +12,12 @@
 //! Each line of the others is the name that the counter has in `struct dummy_gpu_stats`, and its
 //! value.
 
-use super::{
-    counters::{
-        Counters,
-        FileStats,
-        NAMES, //
-    },
-    vram::Vram, //
+use super::counters::{
+    Counters,
+    FileStats,
+    NAMES, //
 };
+use super::vram::Vram;
 use kernel::{
     debugfs::{
         Dir,

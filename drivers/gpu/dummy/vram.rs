@@ -48,6 +48,10 @@ use kernel::{
         Arc,
         ArcBorrow,
         SpinLock, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
 
@@ -65,6 +69,9 @@ const BLOCK_SIZE: usize = SZ_64K;
 
 // No page crosses the boundary of a block.
 static_assert!(BLOCK_SIZE % PAGE_SIZE == 0);
+
+/// How often an eviction of all pages is tried again, with 10 ms in between.
+const EVICTION_RETRIES: usize = 50;
 
 /// The buffer for migrating pages, one window at a time.
 pub(crate) type MoveBuf = MigrateBuf;
@@ -89,12 +96,12 @@ impl Vram {
         }
         let chunks = size.div_ceil(CHUNK);
         let size = chunks * CHUNK;
-        let failed = Arc::new(Atomic::new(false), GFP_KERNEL)?;
-        let buf = Arc::new(VramBuf::new(size, failed.clone())?, GFP_KERNEL)?;
+        let buf = Arc::new(VramBuf::new(size)?, GFP_KERNEL)?;
+        let failed = buf.failed.clone();
         let module = this_module::<crate::LocalModule>();
 
         Ok(Self {
-            pool: DevicePool::with_cpu_access(module, name, buf, CHUNK_PAGES, chunks)?,
+            pool: DevicePool::new(module, name, buf.clone(), Some(buf), CHUNK_PAGES, chunks)?,
             size,
             failed,
         })
@@ -168,13 +175,23 @@ impl Vram {
         self.pool.lost()
     }
 
-    /// Evicts all pages, also those of other processes, to system memory.
+    /// Evicts all pages, also those of other processes, to system memory. Tries for a while, since
+    /// others may have references to some pages for a moment.
     ///
     /// # Errors
     ///
     /// Those of [`DevicePool::evict`].
     pub(crate) fn evict(&self) -> Result {
-        self.pool.evict()
+        let mut result = self.pool.evict();
+
+        for _ in 0..EVICTION_RETRIES {
+            if result != Err(EBUSY) {
+                break;
+            }
+            fsleep(Delta::from_millis(10));
+            result = self.pool.evict();
+        }
+        result
     }
 }
 
@@ -189,7 +206,7 @@ struct VramBuf {
 
 impl VramBuf {
     /// Allocates `size` bytes of zeroes. The last block may be smaller than the others.
-    fn new(size: usize, failed: Arc<Atomic<bool>>) -> Result<Self> {
+    fn new(size: usize) -> Result<Self> {
         let mut blocks = KVVec::with_capacity(size.div_ceil(BLOCK_SIZE), GFP_KERNEL)?;
 
         for start in (0..size).step_by(BLOCK_SIZE) {
@@ -197,7 +214,10 @@ impl VramBuf {
             let block = KBox::pin_init(new_spinlock!(bytes, "dummy_gpu::vram"), GFP_KERNEL)?;
             blocks.push(block, GFP_KERNEL)?;
         }
-        Ok(Self { blocks, failed })
+        Ok(Self {
+            blocks,
+            failed: Arc::new(Atomic::new(false), GFP_KERNEL)?,
+        })
     }
 
     /// Splits the `len` bytes at `address` at page boundaries and calls `access` for each part,
@@ -306,10 +326,6 @@ mod tests {
     const WORD: usize = size_of::<u64>();
     const SIZE: usize = 4 * WORD;
 
-    fn buf_of(size: usize) -> Result<VramBuf> {
-        VramBuf::new(size, Arc::new(Atomic::new(false), GFP_KERNEL)?)
-    }
-
     /// All bytes of the memory.
     fn bytes(buf: &VramBuf) -> [u8; SIZE] {
         let mut bytes = [0xff; SIZE];
@@ -326,7 +342,7 @@ mod tests {
 
     #[test]
     fn new_memory_is_zero() -> Result {
-        let buf = buf_of(SIZE)?;
+        let buf = VramBuf::new(SIZE)?;
 
         assert_eq!(bytes(&buf), [0; SIZE]);
         Ok(())
@@ -336,7 +352,7 @@ mod tests {
     fn any_bytes_can_be_written_and_no_others_change() -> Result {
         for first in 0..SIZE {
             for end in first..=SIZE {
-                let buf = buf_of(SIZE)?;
+                let buf = VramBuf::new(SIZE)?;
                 let mut expected = [0x11; SIZE];
                 buf.write(0, &expected);
 
@@ -351,7 +367,7 @@ mod tests {
 
     #[test]
     fn any_bytes_can_be_read() -> Result {
-        let buf = buf_of(SIZE)?;
+        let buf = VramBuf::new(SIZE)?;
         let all: [u8; SIZE] = core::array::from_fn(|n| n as u8);
         buf.write(0, &all);
 
@@ -369,7 +385,7 @@ mod tests {
     fn an_access_may_reach_over_pages_and_blocks() -> Result {
         const LEN: usize = 2 * PAGE_SIZE + 2;
 
-        let buf = buf_of(2 * BLOCK_SIZE)?;
+        let buf = VramBuf::new(2 * BLOCK_SIZE)?;
         let value = KVec::from_elem(0x33, LEN, GFP_KERNEL)?;
         let mut seen = KVec::zeroed(LEN + 2, GFP_KERNEL)?;
         let first = BLOCK_SIZE - PAGE_SIZE - 1;
@@ -423,7 +439,7 @@ mod tests {
     fn writers_of_different_bytes_of_a_word_lose_none() -> Result {
         const ROUNDS: u8 = 32;
 
-        let buf = Arc::new(buf_of(RACE_SIZE)?, GFP_KERNEL)?;
+        let buf = Arc::new(VramBuf::new(RACE_SIZE)?, GFP_KERNEL)?;
         let mut seen = KVec::zeroed(RACE_SIZE, GFP_KERNEL)?;
         for value in 1..=ROUNDS {
             let writer = OddWriter::new(buf.clone(), value)?;
@@ -443,7 +459,7 @@ mod tests {
 
     #[test]
     fn bytes_past_the_end_are_not_written() -> Result {
-        let buf = buf_of(SIZE)?;
+        let buf = VramBuf::new(SIZE)?;
 
         buf.write(SIZE - 2, &[1; 8]);
         buf.read(SIZE, &mut [0; 8]);

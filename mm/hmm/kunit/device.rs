@@ -140,8 +140,8 @@ impl<D: Tally> TestDevice<D> {
             }),
             GFP_KERNEL,
         )?;
-        let ops = device.clone();
-        let pool = DevicePool::with_cpu_access(module, c"hmm_kunit", ops, CHUNK, chunks)?;
+        let (ops, cpu) = (device.clone(), Some(device.clone() as _));
+        let pool = DevicePool::new(module, c"hmm_kunit", ops, cpu, CHUNK, chunks)?;
         Ok((device, pool))
     }
 

@@ -103,7 +103,8 @@ impl PoolOps for Inward {
                     .and_then(|mm| mm.migrate_to_ram(inside.page, &mut inside.moves))
                     .map(drop),
                 Mirror::new(&MODULE, self.ops.clone()).map(drop),
-                DevicePool::new(&MODULE, c"hmm_inner", self.other.clone(), CHUNK, 1).map(drop),
+                DevicePool::new(&MODULE, c"hmm_inner", self.other.clone(), None, CHUNK, 1)
+                    .map(drop),
                 if missed { Err(EDEADLK) } else { Ok(()) },
             ]);
         }
@@ -130,7 +131,8 @@ mod tests {
     fn sizes_that_make_no_chunks_are_einval() -> Result {
         let (device, _pool) = TestDevice::<u64>::new(1)?;
         for (pages, chunks) in [(0, 1), (CHUNK, 0), (CHUNK + 1, 1), (CHUNK, usize::MAX)] {
-            let pool = DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), pages, chunks);
+            let ops = device.clone();
+            let pool = DevicePool::new(&MODULE, c"hmm_kunit", ops, None, pages, chunks);
             assert_eq!(pool.err(), Some(EINVAL));
         }
         Ok(())
@@ -266,7 +268,7 @@ mod tests {
                 ops: Recorder::new()?,
             }? Error);
             let device = Arc::pin_init(init, GFP_KERNEL)?;
-            let pool = DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), CHUNK, 1)?;
+            let pool = DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), None, CHUNK, 1)?;
             let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
             let mirror = Arc::new(mirror, GFP_KERNEL)?;
             let page = map_aligned(mm, 1, Prot::ReadWrite)?;

@@ -93,7 +93,7 @@ impl PoolOps for Vram {
 }
 
 pub fn open_with_memory(module: &'static ThisModule) -> Result<(DevicePool<Vram>, Mirror)> {
-    let pool = DevicePool::new(module, c"vram", Arc::new(Vram, GFP_KERNEL)?, 512, 1)?;
+    let pool = DevicePool::new(module, c"vram", Arc::new(Vram, GFP_KERNEL)?, None, 512, 1)?;
     let mirror = Mirror::new_with_pool(module, Arc::new(Ops, GFP_KERNEL)?, &pool)?;
     Ok((pool, mirror))
 }
