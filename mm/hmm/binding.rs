@@ -68,8 +68,8 @@ impl Drop for DmaDevice {
 
 /// The use of a device by mirrors, for as long as its driver is bound.
 ///
-/// The driver creates this in its probe, and its data owns it, as the first field to be dropped.
-/// Dropping it ends the DMA of all mirrors that were made for the device:
+/// The driver creates this in its probe, its data owns it, and its `unbind()` calls
+/// [`DmaBinding::end`]. That ends the DMA of all mirrors that were made for the device:
 ///
 /// - For each region that has an entry the core calls [`MirrorOps::invalidate`] with
 ///   [`Cause::Unbind`](super::Cause::Unbind), and waits for the flush.
@@ -77,12 +77,13 @@ impl Drop for DmaDevice {
 /// - Faults and new mirrors fail with [`ENODEV`] from then on. A fault that waits for user space
 ///   does not hold this up, and fails when it goes on.
 ///
-/// The mirrors stay, and their reads and writes miss. If this is leaked, the same happens after the
-/// driver's data was dropped, when the resources of the device are released.
+/// The mirrors stay, and their reads and writes miss. If the driver does not call
+/// [`DmaBinding::end`], the same happens when this is dropped, or if it is leaked, when the
+/// resources of the device are released. That is late: the IOMMU may serve others by then.
 ///
-/// Dropping this sleeps. The locks that must not be held are those of [`Mirror`].
+/// Both sleep. The locks that must not be held are those of [`Mirror`].
 pub struct DmaBinding {
-    /// Dropped by [`dma_unbind`] only.
+    /// Dropped by [`dma_device_drop`] only.
     dma: ManuallyDrop<Arc<Dma>>,
 }
 
@@ -106,6 +107,16 @@ impl DmaBinding {
         })
     }
 
+    /// Ends the DMA of all mirrors that were made for the device. Doing this again does nothing.
+    ///
+    /// # Context
+    ///
+    /// Sleeps. The locks that must not be held are those of [`Mirror`].
+    #[inline]
+    pub fn end(&self) {
+        binding_end(&self.dma);
+    }
+
     /// The device, to create mirrors for it.
     #[inline]
     pub fn device(&self) -> DmaDevice {
@@ -116,8 +127,9 @@ impl DmaBinding {
 impl Drop for DmaBinding {
     #[inline]
     fn drop(&mut self) {
+        binding_end(&self.dma);
         // SAFETY: This is the destructor: nothing uses the field after this.
-        dma_unbind(unsafe { ManuallyDrop::take(&mut self.dma) });
+        dma_device_drop(unsafe { ManuallyDrop::take(&mut self.dma) });
     }
 }
 
@@ -126,20 +138,23 @@ struct Closer(Arc<Dma>);
 
 impl Drop for Closer {
     fn drop(&mut self) {
-        // SAFETY: `close()` calls this with the list locked, for regions in it.
-        self.0.close(|key| unsafe { Region::detach(key) });
+        close(&self.0);
     }
 }
 
+fn close(dma: &Arc<Dma>) {
+    // SAFETY: `close()` calls this with the list locked, for regions in it.
+    dma.close(|key| unsafe { Region::detach(key) });
+}
+
 #[inline(never)]
-#[export_name = "rust_hmm_binding_drop"]
-fn dma_unbind(dma: Arc<Dma>) {
-    if Callback::is_running() {
-        // This task may hold a lock that the end waits for. The device's resources are released
-        // later, which ends it.
-        return;
+#[export_name = "rust_hmm_binding_end"]
+fn binding_end(dma: &Arc<Dma>) {
+    // In a callback, this task may hold a lock that the end waits for. The device's resources are
+    // released later, which ends it.
+    if !Callback::is_running() {
+        close(dma);
     }
-    drop(Closer(dma));
 }
 
 #[inline(never)]

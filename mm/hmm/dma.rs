@@ -5,8 +5,7 @@
 //! A page is mapped for DMA when its entry is installed, and the mapping outlives the entry. An
 //! invalidation erases the entry, so that nobody gets the address any more. When the device has
 //! stopped using the page, the core unmaps the page and marks it dirty, and only then mm goes on.
-//! So a mapping without an entry is one that the device may still use, or one that is left over
-//! from a fault that has failed; in both cases the next invalidation of its page ends it.
+//! So a mapping without an entry is one that the device may still use.
 //!
 //! `hmm_dma_map_pfn()` and `hmm_dma_unmap_pfn()` serve one page at a time and flush the IOTLB for
 //! each. Here a window is synchronised once, and a run of pages is unmapped with one flush, like in
@@ -173,7 +172,9 @@ impl Slot {
     const WRITABLE: usize = Self::USED >> 1;
     /// The page is in the device's own memory and has no DMA address.
     const DEVICE: usize = Self::USED >> 2;
-    const FLAGS: usize = Self::USED | Self::WRITABLE | Self::DEVICE;
+    /// The page was mapped by the call of [`LeafMap::map`] that is running.
+    const FRESH: usize = Self::USED >> 3;
+    const FLAGS: usize = Self::USED | Self::WRITABLE | Self::DEVICE | Self::FRESH;
 
     fn new(pfn: HmmPfn) -> Option<Self> {
         let flags = match pfn.is_device() {
@@ -227,21 +228,19 @@ impl LeafMap {
         // SAFETY: The driver is bound (see `bound`), and `iova` is valid for writes.
         let contiguous =
             unsafe { bindings::dma_iova_try_alloc(dma.raw(), &mut iova, 0, pages * PAGE_SIZE) };
+        let addresses = match contiguous {
+            true => KVec::new(),
+            false => KVec::from_elem(0, pages, GFP_KERNEL_ACCOUNT)?,
+        };
         // INVARIANT: The driver is bound. All slots are empty.
-        let mut this = KBox::new(
-            Self {
-                dma,
-                iova,
-                addresses: KVec::new(),
-                slots,
-                used: 0,
-            },
-            GFP_KERNEL_ACCOUNT,
-        )?;
-        if !contiguous {
-            this.addresses = KVec::from_elem(0, pages, GFP_KERNEL_ACCOUNT)?;
-        }
-        Ok(this)
+        let this = Self {
+            dma,
+            iova,
+            addresses,
+            slots,
+            used: 0,
+        };
+        Ok(KBox::new(this, GFP_KERNEL_ACCOUNT)?)
     }
 
     fn has_iova(&self) -> bool {
@@ -256,48 +255,67 @@ impl LeafMap {
     /// - [`ENOMEM`] if the IOMMU has no memory for its page table.
     /// - [`EIO`] if a page cannot be mapped for the device.
     ///
-    /// The pages before the one that failed stay mapped, without an entry.
+    /// No page is mapped then that was not mapped before.
     ///
     /// # Safety
     ///
     /// `hmm_range_fault()` reported the pages that are present, and no invalidation has collided.
     unsafe fn map(&mut self, first: usize, pfns: impl Iterator<Item = HmmPfn>) -> Result {
-        let mut linked: Option<Range<usize>> = None;
+        let mut end = first;
         let mut result = Ok(());
         for (index, pfn) in (first..).zip(pfns) {
             let Some(slot) = Slot::new(pfn) else { continue };
-            let old = *self.slots.get(index).ok_or(EINVAL)?;
+            let Some(&old) = self.slots.get(index) else {
+                result = Err(EINVAL);
+                break;
+            };
+            let mut flags = old.0 & (Slot::WRITABLE | Slot::FRESH);
             if old == Slot::EMPTY {
                 if slot.is_mapped() {
                     result = self.map_page(index, slot);
                     if result.is_err() {
                         break;
                     }
-                    let begin = linked.map_or(index, |linked| linked.start);
-                    linked = Some(begin..index + 1);
                 }
                 self.used += 1;
+                flags = Slot::FRESH;
             } else if old.pfn() != slot.pfn() {
                 // An invalidation would have ended the old mapping.
                 kernel::warn_on!(true);
-                return Err(EIO);
+                result = Err(EIO);
+                break;
             }
-            let written = match pfn.allows(Access::Write) {
-                true => Slot::WRITABLE,
-                false => old.0 & Slot::WRITABLE,
-            };
+            if pfn.allows(Access::Write) {
+                flags |= Slot::WRITABLE;
+            }
             // INVARIANT: The page was mapped just now, or before, or needs no mapping. The caller
             // says that it was reported (see the # Safety section).
-            self.slots[index] = Slot(slot.0 | written);
+            self.slots[index] = Slot(slot.0 | flags);
+            end = index + 1;
         }
-        let Some(linked) = linked.filter(|_| self.has_iova()) else {
-            return result;
-        };
-        let (start, len) = (linked.start * PAGE_SIZE, linked.len() * PAGE_SIZE);
-        // SAFETY: The driver is bound (see the type invariants), and the range lies in `iova`.
-        result.and(to_result(unsafe {
-            bindings::dma_iova_sync(self.dma.raw(), &mut self.iova, start, len)
-        }))
+        if result.is_ok() && self.has_iova() && end > first {
+            let (start, len) = (first * PAGE_SIZE, (end - first) * PAGE_SIZE);
+            // SAFETY: The driver is bound (see the type invariants), and the range lies in `iova`.
+            result = to_result(unsafe {
+                bindings::dma_iova_sync(self.dma.raw(), &mut self.iova, start, len)
+            });
+        }
+        for index in first..end {
+            let slot = self.slots[index];
+            if !slot.has(Slot::FRESH) {
+                continue;
+            }
+            self.slots[index] = Slot(slot.0 & !Slot::FRESH);
+            if result.is_err() {
+                self.slots[index] = Slot::EMPTY;
+                self.used -= 1;
+                if slot.is_mapped() {
+                    self.unmap_run(index..index + 1);
+                }
+            }
+        }
+        // The device cannot have the page, whatever the reason.
+        result.map_err(|err| if err == ENOMEM { ENOMEM } else { EIO })
     }
 
     /// Maps the page of `slot` at `index`. With an `iova`, the caller must synchronise it.
@@ -306,7 +324,7 @@ impl LeafMap {
     /// be unmapped.
     fn map_page(&mut self, index: usize, slot: Slot) -> Result {
         let dev = self.dma.raw();
-        let phys = (slot.pfn() << PAGE_SHIFT) as bindings::phys_addr_t;
+        let phys = (slot.pfn() as bindings::phys_addr_t) << PAGE_SHIFT;
         if self.has_iova() {
             let offset = index * PAGE_SIZE;
             // SAFETY: The driver is bound (see the type invariants). The slot is empty, so nothing

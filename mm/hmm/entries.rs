@@ -251,8 +251,7 @@ impl Entries {
     ///
     /// # Errors
     ///
-    /// Those of [`Maps::map`]. If there are no entries for what was mapped, the next invalidation
-    /// ends the mappings.
+    /// Those of [`Maps::map`].
     ///
     /// # Safety
     ///

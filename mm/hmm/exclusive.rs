@@ -184,7 +184,6 @@ fn make_exclusive(
     buf: &mut FaultBuf,
     f: &mut dyn FnMut(&ExclusivePage<'_>),
 ) -> Result<bool> {
-    let mut preparation = region.prepare(page.start())?;
     let guard = mm.as_mm().mmap_read_lock_killable()?;
     vma_for(&guard, mm, page.start(), Access::Write)?;
     let mut folio = null_mut();
@@ -201,6 +200,9 @@ fn make_exclusive(
     // reference.
     let locked = made.map(|_| NonNull::new(folio).map(LockedFolio));
 
+    // Not before make_device_exclusive(), which may fault, nor before mmap_lock is taken: unbinding
+    // the driver waits for this.
+    let mut preparation = region.prepare(page.start())?;
     // No CPU can have got the page back, since its folio is locked. Any other change of the page
     // has bumped the sequence. Retry in this case, even if make_device_exclusive() has failed.
     let Some(mut entries) = region.lock_unless_stale(seq)? else {

@@ -17,8 +17,8 @@
 DECLARE_RUST(rust_hmm_binding_new);
 EXPORT_SYMBOL_GPL(rust_hmm_binding_new);
 
-DECLARE_RUST(rust_hmm_binding_drop);
-EXPORT_SYMBOL_GPL(rust_hmm_binding_drop);
+DECLARE_RUST(rust_hmm_binding_end);
+EXPORT_SYMBOL_GPL(rust_hmm_binding_end);
 
 DECLARE_RUST(rust_hmm_device_drop);
 EXPORT_SYMBOL_GPL(rust_hmm_device_drop);

@@ -382,7 +382,7 @@ impl MirroredMm<'_> {
             match window.attempt(self, owner, &mut deadline, buf, &mut raced, f) {
                 Ok(true) => return Ok(()),
                 // Another page than the first may have failed.
-                Err(err) if err == EFAULT || err == EPERM => {
+                Err(err) if err == EFAULT || err == EPERM || err == EIO => {
                     window = window.first_page().ok_or(err)?;
                     continue;
                 }

@@ -186,6 +186,9 @@ impl MirroredMm<'_> {
         let Some(pool) = self.mirror().pool() else {
             return Ok(Migrated { range, pages: 0 });
         };
+        if pool.is_lost() {
+            return Err(ENODEV);
+        }
         let (range, scan) = self.scan(range, Holes::Keep, buf)?;
         if !scan.device {
             return Ok(Migrated { range, pages: 0 });

@@ -239,7 +239,22 @@ pub(crate) struct Collected<'a, Way>(Locked<'a>, PhantomData<Way>);
 ///
 /// The sources are those of [`Collected`]. With [`ToDevice`], the destinations are of chunks of the
 /// pool. With [`ToRam`], they are in system memory.
-pub(crate) struct Copied<'a, Way>(Locked<'a>, PhantomData<Way>);
+pub(crate) struct Copied<'a, Way> {
+    locked: Locked<'a>,
+    /// Keeps the device from being given up until the pages are there.
+    driver: Option<Driver<'a>>,
+    _way: PhantomData<Way>,
+}
+
+impl<'a, Way> Copied<'a, Way> {
+    fn new(locked: Locked<'a>, driver: Option<Driver<'a>>) -> Self {
+        Self {
+            locked,
+            driver,
+            _way: PhantomData,
+        }
+    }
+}
 
 /// Pages that have moved, as far as mm could move them. If dropped, they are mapped where they are
 /// now.
@@ -397,10 +412,9 @@ impl<'a> Collected<'a, ToDevice> {
             locked.arrays.dst[i] = folio.into_mpfn();
         }
         self.0.copy(&driver, 0..count, true)?;
-        drop(driver);
         // INVARIANT: The sources are unchanged, and `dst` got only folios of `reservation`, which
         // is of the same pool. The device has copied all of them.
-        Ok((Copied(self.0, PhantomData), short))
+        Ok((Copied::new(self.0, Some(driver)), short))
     }
 }
 
@@ -475,7 +489,7 @@ impl<'a> Collected<'a, ToRam> {
         let comes = |i| i < locked.pages && locked.migrates(i) && !locked.src_page(i).is_null();
         if need.is_some_and(|need| !comes(need)) {
             // INVARIANT: All destinations are zero.
-            return Ok(Copied(self.0, PhantomData));
+            return Ok(Copied::new(self.0, None));
         }
         let driver = locked.pool.driver()?;
         let mut count = 0;
@@ -538,14 +552,25 @@ impl<'a> Collected<'a, ToRam> {
         }
         // INVARIANT: The sources are unchanged. `dst` got only new folios in system memory, and
         // those that were not copied are removed.
-        Ok(Copied(self.0, PhantomData))
+        Ok(Copied::new(self.0, None))
     }
 }
 
 impl<'a> Copied<'a, ToDevice> {
-    /// Moves the pages to the device. Those that have moved can be evicted from now on.
+    /// Moves the pages to the device. Those that have moved can be evicted from now on. If the
+    /// device was lost after the copy, no page moves.
     pub(crate) fn commit(self) -> Committed<'a> {
-        let committed = Committed::new(self.0);
+        let Self {
+            mut locked,
+            driver: _driver,
+            ..
+        } = self;
+        if locked.pool.is_lost() {
+            for i in 0..locked.pages {
+                locked.forget_dst(i);
+            }
+        }
+        let committed = Committed::new(locked);
         let moved = committed.moved();
         let pages = moved.filter_map(|i| {
             // SAFETY: The type invariants of `Copied` say that the destinations are of chunks. They
@@ -569,7 +594,7 @@ impl<'a> Copied<'a, ToRam> {
     /// Moves the pages to system memory, and calls
     /// [`PoolOps::migrated_to_ram`](super::PoolOps::migrated_to_ram) for those that have moved.
     pub(crate) fn commit(self, reason: MigrateReason) -> Committed<'a> {
-        let committed = Committed::new(self.0);
+        let committed = Committed::new(self.locked);
         let (locked, moved) = (&committed.locked, || committed.moved());
         // SAFETY: The type invariants of `Copied` say that the sources are of chunks. They are
         // locked and referenced until `committed` is dropped.

@@ -108,6 +108,7 @@ impl WorkItem for Pool {
 }
 
 /// What the driver of a pool implements.
+#[derive(Clone)]
 pub(crate) struct DriverOps {
     pub(crate) ops: Arc<dyn Ops>,
     /// Only if the device is made of software.
@@ -257,6 +258,14 @@ impl Chunk {
                     from_err_ptr(unsafe {
                         bindings::memremap_pages(slot, bindings::NUMA_NO_NODE)
                     })?;
+                    for pfn in (start as usize >> PAGE_SHIFT..).take(len >> PAGE_SHIFT) {
+                        // SAFETY: `memremap_pages()` has made a `struct page` for the pfn, which
+                        // nobody else uses yet.
+                        unsafe {
+                            let page = bindings::pfn_to_page(pfn);
+                            bindings::folio_set_zone_device_data(page.cast(), no_data());
+                        }
+                    }
                     Ok::<_, Error>(())
                 }),
             }? Error),
@@ -356,7 +365,13 @@ pub(crate) unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
     Pool::give_back(pool, core::iter::once(address));
 }
 
-/// Gives the data of `page` back to the driver, unless that was done before.
+/// What a page has in the place of data, if it has none. Null may be the number 0.
+fn no_data() -> *mut c_void {
+    static NO_DATA: u8 = 0;
+    (&raw const NO_DATA).cast_mut().cast()
+}
+
+/// Gives the data of `page` back to the driver, unless it has none.
 ///
 /// # Safety
 ///
@@ -364,11 +379,11 @@ pub(crate) unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
 unsafe fn free_data(page: *mut bindings::page, ops: &dyn Ops) {
     // SAFETY: The page belongs to a chunk (see the # Safety section).
     let data = unsafe { data_of(page) };
-    if data.is_null() {
+    if data == no_data() {
         return;
     }
     // SAFETY: Nobody else accesses the data (see the # Safety section).
-    unsafe { bindings::folio_set_zone_device_data(page.cast(), null_mut()) };
+    unsafe { bindings::folio_set_zone_device_data(page.cast(), no_data()) };
     let _callback = Callback::begin();
     // SAFETY: `Reservation::folio()` has set the data, from a `RawData` for a page of this pool.
     // The page does not use the data any more, since the pointer was cleared above.
@@ -421,7 +436,10 @@ impl Pool {
     ///
     /// [`ENODEV`] if the device is lost.
     pub(crate) fn driver(&self) -> Result<Driver<'_>> {
-        let calls = self.calls.read();
+        self.driver_with(self.calls.read())
+    }
+
+    fn driver_with<'a>(&'a self, calls: ReadGuard<'a, ()>) -> Result<Driver<'a>> {
         if self.is_lost() || self.ops.try_access().is_none() {
             return Err(ENODEV);
         }
@@ -469,24 +487,26 @@ impl Pool {
     pub(crate) fn give_up(this: &Arc<Self>) {
         this.set_lost();
         let calls = this.calls.write();
-        let ops = this.ops.try_access().map(|driver| driver.ops.clone());
+        let driver = this.ops.try_access().map(|driver| (*driver).clone());
         // Another task may have done it.
-        let Some(ops) = ops else { return };
+        let Some(driver) = driver else { return };
         // This waits for the callbacks that do not sleep.
         this.ops.revoke();
+        // Nobody calls the driver any more, or sets data of pages.
+        drop(calls);
         let chunks = this.chunks.lock();
         for chunk in chunks.iter() {
             for pfn in chunk.first_pfn()..chunk.first_pfn() + this.chunk_pages {
                 // SAFETY: The chunk has a `struct page` for this pfn.
                 let page = unsafe { bindings::pfn_to_page(pfn) };
                 // SAFETY: The page belongs to a chunk. The ops are revoked, so nobody else accesses
-                // the data of pages, and nobody sets any, since that is done with `calls` held.
-                unsafe { free_data(page, &*ops) };
+                // the data of pages. Nobody sets any, since that needs a `Driver`.
+                unsafe { free_data(page, &*driver.ops) };
             }
         }
         drop(chunks);
-        drop(calls);
-        drop(ops);
+        // Not under a lock: this may be the last reference to what the driver implements.
+        drop(driver);
         let mut slots = this.slots.lock();
         slots.orphan();
         let idle = slots.is_idle();
@@ -611,8 +631,11 @@ impl Pool {
         pool.access(|cpu| cpu.write(address + offset, buf))
     }
 
+    /// Does not wait for [`Pool::give_up`], since the caller holds a region's lock: calls that
+    /// `give_up()` waits for may be in reclaim, and wait for that lock.
     fn access(&self, f: impl FnOnce(&dyn CpuAccess)) -> bool {
-        let driver = self.driver();
+        let calls = self.calls.try_read().ok_or(EBUSY);
+        let driver = calls.and_then(|calls| self.driver_with(calls));
         let cpu = driver
             .as_ref()
             .ok()

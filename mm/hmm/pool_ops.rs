@@ -141,14 +141,20 @@ pub trait PoolOps: Send + Sync + 'static {
     /// own, or a `u64`. Both implement [`PageData`]. A driver that has nothing to keep uses `u64`.
     type PageData: PageData;
 
-    /// Performs all operations of `batch`. The copies must be complete when this returns.
+    /// Performs all operations of `batch`. The copies must be complete when this returns. If it
+    /// fails, too, what was started must have ended: the pages of both sides belong to others then.
+    ///
+    /// The device does not use the pages of a batch, since their entries were erased. A batch has
+    /// at most the pages of a [`MigrateBuf`](super::MigrateBuf). The core gives the CPU's addresses
+    /// only: a device that copies by DMA stages the bytes in a buffer of its driver.
     ///
     /// # Context
     ///
-    /// May sleep and allocate memory. The folios are locked, and `mmap_lock` may be held. An access
-    /// to user memory that is not present fails, and calls of this crate are refused (see the
-    /// [crate documentation](crate)). A lock that this method takes must not be held elsewhere
-    /// while user memory is accessed or this crate is called.
+    /// Several tasks may call this at the same time. May sleep and allocate memory. The folios are
+    /// locked, and `mmap_lock` may be held. An access to user memory that is not present fails, and
+    /// calls of this crate are refused (see the [crate documentation](crate)). A lock that this
+    /// method takes must not be held elsewhere while user memory is accessed or this crate is
+    /// called.
     ///
     /// # Errors
     ///
@@ -165,7 +171,7 @@ pub trait PoolOps: Send + Sync + 'static {
     /// - [`ENODEV`] says that the device is lost: this is not called again, and what is said of
     ///   [`DevicePool::lost`](super::DevicePool::lost) holds from then on.
     ///
-    /// In an eviction, [`ENOMEM`] stands for a lack of system memory, and ends the eviction.
+    /// Do not return [`ENOMEM`]: an eviction takes it for a lack of system memory, and ends.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
 
     /// A page with this `data` has migrated to system memory. Its place in the device's memory will

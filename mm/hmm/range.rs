@@ -120,7 +120,7 @@ impl PageRange {
 
     /// The range that is in both `self` and `other`, or `None` if they do not overlap.
     #[inline]
-    pub(crate) fn intersect(&self, other: &PageRange) -> Option<PageRange> {
+    pub fn intersect(&self, other: &PageRange) -> Option<PageRange> {
         Self::new(self.start.max(other.start), self.end.min(other.end)).ok()
     }
 

@@ -503,6 +503,8 @@ impl Region {
                 None => return false,
             }
         };
+        // This lasts longer than the references to what the driver has made.
+        let _callback = Callback::begin();
         let pending = range.and_then(|range| region.pending_in(range));
         let must_call = || range.is_some_and(|range| entries.any(range));
         if !blockable && (pending.is_some() || region.ops.may_sleep() && must_call()) {
@@ -520,8 +522,7 @@ impl Region {
         }
 
         let Some(range) = range else { return true };
-        let _callback = Callback::begin();
-        let mut flushing = pending.is_some();
+        let mut has_second_pass = false;
         if entries.erase(range) != 0 || cause == Cause::Release {
             let invalidated = region.ops.invalidate(Invalidate {
                 range,
@@ -536,7 +537,7 @@ impl Region {
                 };
                 match region.set_pending(started, blockable) {
                     Ok(()) => {
-                        flushing = true;
+                        has_second_pass = true;
                         // SAFETY: `finish` is valid for a write (see the # Safety section).
                         unsafe { *finish = region.finish.get() };
                     }
@@ -545,19 +546,22 @@ impl Region {
                 }
             }
         }
-        if !flushing {
+        if !has_second_pass && pending.is_none() {
             // SAFETY: This invalidation has erased the entries and is not over.
             unsafe { entries.unmap(range) };
         }
         drop(entries);
         if let Some(pending) = pending {
             pending.wait();
-            region.unmap(range);
+            // Otherwise the flush of this event has not ended.
+            if !has_second_pass {
+                region.unmap(range);
+            }
         }
         true
     }
 
-    /// Unmaps the pages of `range` without entries for the device, after a second pass.
+    /// Unmaps the pages of `range` without entries for the device, which has stopped using them.
     fn unmap(&self, range: PageRange) {
         if self.dma.is_some() {
             // SAFETY: The caller is an invalidation that has erased the entries and is not over.

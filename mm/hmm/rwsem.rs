@@ -77,6 +77,20 @@ impl<T> RwSem<T> {
         }
     }
 
+    /// Locks for read if this is possible at once. Does not sleep.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    #[inline]
+    pub(crate) fn try_read(&self) -> Option<ReadGuard<'_, T>> {
+        // SAFETY: The type invariants say that the semaphore is initialised.
+        if unsafe { bindings::down_read_trylock(self.sem.get()) } == 0 {
+            return None;
+        }
+        Some(ReadGuard {
+            lock: self,
+            _nts: NotThreadSafe,
+        })
+    }
+
     /// Locks for write. Sleeps.
     #[inline]
     pub(crate) fn write(&self) -> WriteGuard<'_, T> {

@@ -24,7 +24,7 @@ STAGE = 300                         # seconds for hmm-tests on one driver
 NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which would count in make bench
 ROUNDS = "DUMMY_GPU_ROUNDS=5"       # of dummy_gpu_life_test; the kernel hands it to init
 # The controller has memory that other devices might reach.
-EDU = ["-device", "edu,dma_mask=0xffffffffffffffff", "-device", "nvme,serial=p2p,cmb_size_mb=1"]
+EDU = ["-device", "edu,dma_mask=0xffffffffffffffff", "-device", "nvme,serial=p2p,cmb_size_mb=64"]
 # The IOMMU comes first. With caching-mode, Linux would flush the IOTLB for every page that it maps.
 DEVICES = {"x86": EDU, "x86-iommu": ["-device", "intel-iommu,caching-mode=off"] + EDU}
 

@@ -107,6 +107,9 @@ impl Setup {
             assert!(self.mirror.read(va, &mut [0]).is_ok());
         }
         assert_eq!(self.migrate(self.here), Err(ENODEV));
+        let mut buf = MigrateBuf::new(PAGES.ilog2())?;
+        let back = self.mirror.mm()?.migrate_to_ram(self.there, &mut buf);
+        assert_eq!(back.err(), Some(ENODEV));
         assert_eq!(self.pool.evict(), Err(ENODEV));
         Ok(())
     }
@@ -230,6 +233,25 @@ mod tests {
             for (byte, va) in (1..).zip(setup.all.page_addrs()) {
                 assert_eq!(user_read(va), Ok(byte));
             }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn data_of_zero_comes_back_too() -> Result {
+        with_user_mm(|mm| {
+            let (device, pool) = TestDevice::<u64>::new(1)?;
+            let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
+            let all = map_aligned(mm, PAGES, Prot::ReadWrite)?;
+            let mut buf = MigrateBuf::new(PAGES.ilog2())?;
+            mirror
+                .mm()?
+                .migrate_to_device(&pool, all, Holes::Populate, &mut buf, || Ok(0))?;
+            let first = page(all, 0)?;
+            mm.munmap(first.start(), first.len())?;
+            assert_eq!(device.freed.load(Relaxed), 1);
+            pool.lost()?;
+            assert_eq!(device.freed.load(Relaxed), PAGES as u64);
             Ok(())
         })
     }

@@ -637,6 +637,31 @@ mod tests {
     }
 
     #[test]
+    fn pages_stay_if_the_device_is_lost_after_the_copy() -> Result {
+        with_user_mm(|mm| {
+            let setup = Setup::new()?;
+            let window = map_window(mm, Some(1))?;
+            let pool = setup.pool.pool();
+            let mut pfns = [0; WINDOW];
+            let mut reservation = reserve_pages(pool, &mut pfns, WINDOW)?;
+            let mut buf = MigrateBuf::new(ORDER)?;
+
+            let guard = mm.mm().mmap_read_lock();
+            let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
+            let arrays = buf.arrays().0;
+            // SAFETY: `guard` holds mmap_lock.
+            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            let (copied, _) = collected.copy(&mut reservation, Holes::Keep, &mut number)?;
+            pool.set_lost();
+            assert_eq!(copied.commit().pages(), 0);
+            drop(guard);
+            assert!(holds(window, 1)?);
+            assert_eq!(setup.freed(), WINDOW as u64);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn a_device_that_asks_to_be_called_again_is_waited_for() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::new()?;

@@ -2373,7 +2373,7 @@ TEST_F_SETS(lost_at_any_moment)
 		return;
 	signal(SIGBUS, sigbus);
 	ASSERT_EQ(0, module_insert(path, 4UL << 20));
-	for (int round = 0; round < ROUNDS / 5 + 1; round++) {
+	for (int round = 0; round < ROUNDS / 5 + 5; round++) {
 		uint8_t *p = map_random(-1, expect, length, round);
 		struct loser loser = { open_new(), p, expect, length, false, 0 };
 		pthread_t mover, toucher;
@@ -2382,7 +2382,7 @@ TEST_F_SETS(lost_at_any_moment)
 		ASSERT_LE(0, loser.fd);
 		ASSERT_EQ(0, pthread_create(&mover, NULL, lose_move_thread, &loser));
 		ASSERT_EQ(0, pthread_create(&toucher, NULL, lose_touch_thread, &loser));
-		usleep(round * 7919 % 30000);
+		usleep(2000 + round * 7919 % 30000);
 		ASSERT_TRUE(write_to(LOSE, "1"));
 		usleep(1000);
 		__atomic_store_n(&loser.stop, true, __ATOMIC_RELEASE);

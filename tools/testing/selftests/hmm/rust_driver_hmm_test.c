@@ -216,6 +216,25 @@ TEST_F(edu, copies_memory_of_files)
 	close(fd);
 }
 
+TEST_F(edu, copies_of_several_threads)
+{
+	struct copier copiers[3];
+
+	for (size_t i = 0; i < ARRAY_SIZE(copiers); i++) {
+		size_t at = i * page;
+
+		/* Other bytes of the pages than the thread before. */
+		copiers[i] = copier_of(self->fd, self->to + at + 40 * i, self->from + at + 8 * i, 512);
+		ASSERT_EQ(0, copy_begins(&copiers[i]));
+	}
+	for (size_t i = 0; i < ARRAY_SIZE(copiers); i++) {
+		struct copier *c = &copiers[i];
+
+		EXPECT_EQ(0, copy_ended(c));
+		EXPECT_EQ(c->length, cpu_differs(c->to, c->from, c->length));
+	}
+}
+
 /* The memory of another PCI device: of an NVMe controller, for example. */
 TEST_F(edu, memory_of_another_device_is_refused)
 {
@@ -443,12 +462,14 @@ TEST_F(edu, unbound_at_any_moment)
 	int uffd = uffd_open();
 	struct copier copier = copier_of(self->fd, self->to, self->from, 4 * page);
 	uint8_t *served = map(page, PROT_READ | PROT_WRITE);
-	struct copier parked = copier_of(self->fd, self->to, served, page);
+	/* Another file has another work item. */
+	struct copier parked = copier_of(gpu_open(NODE), self->to, served, page);
 	struct uffd_msg msg;
 
 	ASSERT_TRUE(bound_device(device));
 	ASSERT_LE(0, uffd);
 	ASSERT_NE(MAP_FAILED, served);
+	ASSERT_LE(0, parked.fd);
 	ASSERT_EQ(0, uffd_register(uffd, served, page));
 	ASSERT_EQ(0, copy_begins(&parked));
 	ASSERT_EQ(sizeof(msg), read(uffd, &msg, sizeof(msg)));
@@ -472,6 +493,7 @@ TEST_F(edu, unbound_at_any_moment)
 	EXPECT_EQ(0, copy(self->fd, self->to, self->from, page));
 	EXPECT_EQ(page, cpu_differs(self->to, self->from, page));
 	munmap(served, page);
+	close(parked.fd);
 }
 
 TEST_F_TIMEOUT(edu, bound_and_unbound_under_load, 120)
