@@ -140,8 +140,8 @@ impl<D: Tally> TestDevice<D> {
             }),
             GFP_KERNEL,
         )?;
-        let (ops, cpu) = (device.clone(), Some(device.clone() as _));
-        let pool = DevicePool::new(module, c"hmm_kunit", ops, cpu, CHUNK, chunks)?;
+        let (ops, cpu) = (device.clone(), device.clone());
+        let pool = DevicePool::new(module, c"hmm_kunit", ops, Some(cpu), CHUNK, chunks)?;
         Ok((device, pool))
     }
 

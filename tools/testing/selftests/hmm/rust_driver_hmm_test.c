@@ -221,10 +221,10 @@ TEST_F(edu, copies_of_several_threads)
 	struct copier copiers[3];
 
 	for (size_t i = 0; i < ARRAY_SIZE(copiers); i++) {
-		size_t at = i * page;
-
 		/* Other bytes of the pages than the thread before. */
-		copiers[i] = copier_of(self->fd, self->to + at + 40 * i, self->from + at + 8 * i, 512);
+		uint8_t *to = self->to + i * page + 40 * i;
+
+		copiers[i] = copier_of(self->fd, to, self->from + i * page + 8 * i, 512);
 		ASSERT_EQ(0, copy_begins(&copiers[i]));
 	}
 	for (size_t i = 0; i < ARRAY_SIZE(copiers); i++) {
