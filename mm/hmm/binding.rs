@@ -4,7 +4,10 @@
 
 use super::{
     callback::Callback,
-    dma::Dma,
+    dma::{
+        Dma,
+        DmaDevice, //
+    },
     mirror::{
         mirror_new,
         Mirror, //
@@ -17,12 +20,12 @@ use super::{
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 use super::{
     device_pool::{
+        end_pools_of,
         mirror_new_with_pool,
         DevicePool, //
     },
     pool_ops::PoolOps, //
 };
-use core::mem::ManuallyDrop;
 use kernel::{
     device::{
         Bound,
@@ -33,39 +36,6 @@ use kernel::{
     sync::Arc, //
 };
 
-/// A device that mirrors map memory for, see [`Mirror::for_device`].
-///
-/// The files of a driver own this, for example, and create mirrors with it. It may outlive the
-/// binding of the driver; [`Mirror::for_device`] fails then.
-pub struct DmaDevice {
-    /// Dropped by [`dma_device_drop`] only.
-    dma: ManuallyDrop<Arc<Dma>>,
-}
-
-impl DmaDevice {
-    #[inline]
-    fn share(dma: &Arc<Dma>) -> Self {
-        Self {
-            dma: ManuallyDrop::new(dma.clone()),
-        }
-    }
-}
-
-impl Clone for DmaDevice {
-    #[inline]
-    fn clone(&self) -> Self {
-        Self::share(&self.dma)
-    }
-}
-
-impl Drop for DmaDevice {
-    #[inline]
-    fn drop(&mut self) {
-        // SAFETY: This is the destructor: nothing uses the field after this.
-        dma_device_drop(unsafe { ManuallyDrop::take(&mut self.dma) });
-    }
-}
-
 /// The use of a device by mirrors, for as long as its driver is bound.
 ///
 /// The driver creates this in its probe, its data owns it, and its `unbind()` calls
@@ -74,6 +44,8 @@ impl Drop for DmaDevice {
 /// - For each region that has an entry the core calls [`MirrorOps::invalidate`] with
 ///   [`Cause::Unbind`](super::Cause::Unbind), and waits for the flush.
 /// - Then it unmaps all pages, and marks those dirty that the device could write to.
+/// - Before all of this, pools with [`Engine::Dma`](super::Engine::Dma) end, as if they were
+///   dropped: the device copies the pages that are in its memory.
 /// - Faults and new mirrors fail with [`ENODEV`] from then on. A fault that waits for user space
 ///   does not hold this up, and fails when it goes on.
 ///
@@ -83,8 +55,7 @@ impl Drop for DmaDevice {
 ///
 /// Both sleep. The locks that must not be held are those of [`Mirror`].
 pub struct DmaBinding {
-    /// Dropped by [`dma_device_drop`] only.
-    dma: ManuallyDrop<Arc<Dma>>,
+    device: DmaDevice,
 }
 
 impl DmaBinding {
@@ -103,7 +74,7 @@ impl DmaBinding {
         // The driver may leak the result.
         devres::register(dev, Closer(dma.clone()), GFP_KERNEL)?;
         Ok(Self {
-            dma: ManuallyDrop::new(dma),
+            device: DmaDevice::new(&dma),
         })
     }
 
@@ -114,22 +85,20 @@ impl DmaBinding {
     /// Sleeps. The locks that must not be held are those of [`Mirror`].
     #[inline]
     pub fn end(&self) {
-        binding_end(&self.dma);
+        binding_end(self.device.dma());
     }
 
     /// The device, to create mirrors for it.
     #[inline]
     pub fn device(&self) -> DmaDevice {
-        DmaDevice::share(&self.dma)
+        self.device.clone()
     }
 }
 
 impl Drop for DmaBinding {
     #[inline]
     fn drop(&mut self) {
-        binding_end(&self.dma);
-        // SAFETY: This is the destructor: nothing uses the field after this.
-        dma_device_drop(unsafe { ManuallyDrop::take(&mut self.dma) });
+        binding_end(self.device.dma());
     }
 }
 
@@ -143,6 +112,10 @@ impl Drop for Closer {
 }
 
 fn close(dma: &Arc<Dma>) {
+    dma.begin_close();
+    // While pages can still be mapped for the copies.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    end_pools_of(dma);
     // SAFETY: `close()` calls this with the list locked, for regions in it.
     dma.close(|key| unsafe { Region::detach(key) });
 }
@@ -155,12 +128,6 @@ fn binding_end(dma: &Arc<Dma>) {
     if !Callback::is_running() {
         close(dma);
     }
-}
-
-#[inline(never)]
-#[export_name = "rust_hmm_device_drop"]
-fn dma_device_drop(dma: Arc<Dma>) {
-    drop(dma);
 }
 
 impl Mirror {
@@ -184,7 +151,7 @@ impl Mirror {
         ops: Arc<dyn MirrorOps>,
         device: &DmaDevice,
     ) -> Result<Self> {
-        mirror_new(module, ops, Some(&device.dma))
+        mirror_new(module, ops, Some(device.dma()))
     }
 
     /// Creates a mirror of the current task's address space, for a device that accesses memory by
@@ -204,6 +171,6 @@ impl Mirror {
         device: &DmaDevice,
         pool: &DevicePool<T>,
     ) -> Result<Self> {
-        mirror_new_with_pool(module, ops, pool.pool(), Some(&device.dma))
+        mirror_new_with_pool(module, ops, pool.pool(), Some(device.dma()))
     }
 }

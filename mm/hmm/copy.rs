@@ -2,9 +2,10 @@
 
 //! Batches of pages that a device copies between system memory and its own memory.
 //!
-//! A driver sees migrating pages only in this form: as bytes of system memory and addresses in the
-//! device's memory. It has access to them until [`PoolOps::copy`](super::PoolOps::copy) returns.
-//! The core keeps the pages locked and unmapped meanwhile.
+//! A driver sees migrating pages only in this form: as bytes of system memory, with a DMA address if
+//! the device copies by DMA, and as addresses in the device's memory. It has access to them until
+//! [`PoolOps::copy`](super::PoolOps::copy) returns. The core keeps the pages locked and unmapped
+//! meanwhile.
 
 use core::{
     cell::Cell,
@@ -12,6 +13,7 @@ use core::{
     slice, //
 };
 use kernel::{
+    dma::DmaAddress,
     page::PAGE_SIZE,
     prelude::*, //
 };
@@ -48,7 +50,7 @@ pub enum CopyOp<'a> {
     /// Copy from system memory to the device. Both sides have the same length.
     ToDevice {
         /// The source.
-        from: &'a [u8],
+        from: RamPages<'a>,
         /// The destination.
         to: DeviceRange,
     },
@@ -68,10 +70,34 @@ pub enum CopyOp<'a> {
     },
 }
 
+/// Pages of system memory, the source of a run of pages.
+#[derive(Copy, Clone)]
+pub struct RamPages<'a> {
+    bytes: &'a [u8],
+    bus: Option<DmaAddress>,
+}
+
+impl<'a> RamPages<'a> {
+    /// What is in the pages.
+    #[inline]
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The DMA address of the pages, if the pool was made with
+    /// [`Engine::Dma`](super::Engine::Dma). It is valid until
+    /// [`PoolOps::copy`](super::PoolOps::copy) returns.
+    #[inline]
+    pub fn bus(&self) -> Option<DmaAddress> {
+        self.bus
+    }
+}
+
 /// New pages of system memory, the destination of a run of pages.
 ///
-/// The driver writes the memory once, from its start to its end. It cannot read the memory, which
-/// may hold old data of other processes. If the driver does not write all bytes, the batch fails.
+/// The driver writes the memory once, from its start to its end, or the device writes all of it by
+/// DMA. The driver cannot read the memory, which may hold old data of other processes. If not all
+/// bytes are written, the batch fails.
 ///
 /// # Invariants
 ///
@@ -81,9 +107,25 @@ pub struct NewMemory<'a> {
     start: *mut u8,
     left: usize,
     written: &'a Cell<usize>,
+    bus: Option<DmaAddress>,
 }
 
 impl NewMemory<'_> {
+    /// The DMA address of the memory, if the pool was made with
+    /// [`Engine::Dma`](super::Engine::Dma). It is valid until
+    /// [`PoolOps::copy`](super::PoolOps::copy) returns.
+    #[inline]
+    pub fn bus(&self) -> Option<DmaAddress> {
+        self.bus
+    }
+
+    /// Says that the device has written all of the memory by DMA. The core relies on this: the
+    /// process gets the memory as it is.
+    #[inline]
+    pub fn filled(self) {
+        self.written.set(self.written.get() + self.left);
+    }
+
     /// Writes `bytes` after those that were written before.
     ///
     /// # Errors
@@ -115,6 +157,8 @@ pub(crate) struct PageCopy {
     pub(crate) ram: *mut u8,
     /// The index of the page in the arrays of its migration. The batch does not use it.
     pub(crate) index: usize,
+    /// The DMA address of the page of system memory, if the device copies by DMA.
+    pub(crate) bus: Option<DmaAddress>,
 }
 
 // SAFETY: `ram` is only an address. Only a `CopyBatch` dereferences it, whose creator ensures that
@@ -126,6 +170,7 @@ impl PageCopy {
         device: 0,
         ram: core::ptr::null_mut(),
         index: 0,
+        bus: None,
     };
 
     /// Whether `other` is the page `n` pages after this one, on both sides.
@@ -135,6 +180,10 @@ impl PageCopy {
             && match self.ram.is_null() {
                 true => other.ram.is_null(),
                 false => other.ram == self.ram.wrapping_add(n * PAGE_SIZE),
+            }
+            && match (self.bus, other.bus) {
+                (Some(bus), Some(other)) => other == bus + (n * PAGE_SIZE) as DmaAddress,
+                (bus, other) => bus == other,
             }
     }
 }
@@ -203,9 +252,12 @@ impl<'a> Iterator for CopyBatch<'a> {
         Some(match (self.to_device, first.ram.is_null()) {
             (true, true) => CopyOp::Zero { to: device },
             (true, false) => CopyOp::ToDevice {
-                // SAFETY: The pages are valid for reads and nobody writes them (see the type
-                // invariants). `continues()` has checked that they are adjacent.
-                from: unsafe { slice::from_raw_parts(first.ram, device.len) },
+                from: RamPages {
+                    // SAFETY: The pages are valid for reads and nobody writes them (see the type
+                    // invariants). `continues()` has checked that they are adjacent.
+                    bytes: unsafe { slice::from_raw_parts(first.ram, device.len) },
+                    bus: first.bus,
+                },
                 to: device,
             },
             (false, _) => CopyOp::ToRam {
@@ -217,6 +269,7 @@ impl<'a> Iterator for CopyBatch<'a> {
                     start: first.ram,
                     left: device.len,
                     written: self.written,
+                    bus: first.bus,
                 },
             },
         })

@@ -5,7 +5,10 @@
 use super::{
     callback::Callback,
     cpu_fault,
-    dma::Dma,
+    dma::{
+        Dma,
+        DmaDevice, //
+    },
     evict::{
         close,
         evict_all, //
@@ -71,11 +74,33 @@ pub(crate) unsafe extern "C" fn rust_hmm_module_going(module: *mut bindings::mod
     }
 }
 
+/// Ends the pools of a device that copies by DMA. Waits for their pages. [`Dma::begin_close`] was
+/// called.
+pub(crate) fn end_pools_of(dma: &Arc<Dma>) {
+    let is_meant = |pool: &Pool| pool.dma().is_some_and(|own| Arc::ptr_eq(own, dma));
+    while let Some(pool) = unlist(is_meant) {
+        close(&pool);
+    }
+}
+
 /// Removes a pool for which `is_meant` is true from the list of pools, and returns it.
 fn unlist(is_meant: impl Fn(&Pool) -> bool) -> Option<Arc<Pool>> {
     let mut pools = POOLS.lock();
     let index = pools.iter().position(|pool| is_meant(pool))?;
     pools.remove(index).ok()
+}
+
+/// What copies pages between system memory and the memory of a device.
+pub enum Engine {
+    /// The driver, and the device is made of software. [`PoolOps::copy`] gets bytes, and
+    /// [`Mirror::read`](super::Mirror::read) and [`Mirror::write`](super::Mirror::write) reach the
+    /// device's memory by way of this.
+    Software(Arc<dyn CpuAccess>),
+    /// The driver, through a BAR or a buffer of its own. [`PoolOps::copy`] gets bytes.
+    Cpu,
+    /// The device, by DMA. [`PoolOps::copy`] gets DMA addresses too. The end of the device's
+    /// [`DmaBinding`](super::DmaBinding) also ends the pool, before anything else.
+    Dma(DmaDevice),
 }
 
 /// Memory of a device, as `struct page`s that anonymous memory can migrate to.
@@ -106,9 +131,6 @@ impl<T: PoolOps> DevicePool<T> {
     /// The pool represents one part of the device's memory, which the driver uses for nothing else.
     /// Addresses that the core passes to the driver are bytes from the start of that part.
     ///
-    /// If the device is made of software, `cpu` lets [`Mirror::read`](super::Mirror::read) and
-    /// [`Mirror::write`](super::Mirror::write) reach its memory.
-    ///
     /// `name` appears in `/proc/iomem`. Each chunk has its own `struct page`s and reserves a range
     /// of physical addresses that is rounded up to a memory section (128 MiB on x86_64), so a large
     /// device should have large chunks.
@@ -124,13 +146,18 @@ impl<T: PoolOps> DevicePool<T> {
         module: &'static ThisModule,
         name: &CStr,
         ops: Arc<T>,
-        cpu: Option<Arc<dyn CpuAccess>>,
+        engine: Engine,
         chunk_pages: usize,
         max_chunks: usize,
     ) -> Result<Self> {
+        let (cpu, dma) = match engine {
+            Engine::Software(cpu) => (Some(cpu), None),
+            Engine::Cpu => (None, None),
+            Engine::Dma(device) => (None, Some(device)),
+        };
         let ops = DriverOps { ops, cpu };
         Ok(Self {
-            pool: ManuallyDrop::new(pool_new(module, name, ops, chunk_pages, max_chunks)?),
+            pool: ManuallyDrop::new(pool_new(module, name, ops, dma, chunk_pages, max_chunks)?),
             _ops: PhantomData,
         })
     }
@@ -225,19 +252,26 @@ fn pool_new(
     module: &'static ThisModule,
     name: &CStr,
     ops: DriverOps,
+    dma: Option<DmaDevice>,
     chunk_pages: usize,
     max_chunks: usize,
 ) -> Result<Arc<Pool>> {
     Callback::refuse()?;
+    let dma = dma.map(|device| device.dma().clone());
     let pool = Pool::new(
         &PAGEMAP_OPS,
         module.as_ptr(),
         name,
         ops,
+        dma.clone(),
         chunk_pages,
         max_chunks,
     )?;
-    POOLS.lock().push(pool.clone(), GFP_KERNEL)?;
+    let mut pools = POOLS.lock();
+    // Under the lock: if the driver is unbound after this, `end_pools_of()` finds the pool.
+    let _bound = dma.as_ref().map(Dma::stay_bound).transpose()?;
+    pools.push(pool.clone(), GFP_KERNEL)?;
+    drop(pools);
     Ok(pool)
 }
 

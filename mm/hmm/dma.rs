@@ -13,6 +13,8 @@
 //!
 //! C header: [`include/linux/dma-mapping.h`](srctree/include/linux/dma-mapping.h)
 
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+use super::copy::PageCopy;
 use super::{
     pfn::{
         Access,
@@ -23,7 +25,10 @@ use super::{
         RwSem, //
     }, //
 };
-use core::ops::Range;
+use core::{
+    mem::ManuallyDrop,
+    ops::Range, //
+};
 use kernel::{
     bindings,
     device::{
@@ -58,19 +63,30 @@ const ATTRS: usize = bindings::DMA_ATTR_REQUIRE_COHERENT as usize;
 #[pin_data]
 pub(crate) struct Dma {
     dev: ARef<Device>,
-    /// Whether the driver is bound. Held for read where the device is used and no mapping under a
-    /// region's lock holds up [`Dma::close`].
+    /// Held for read where the device is used and no mapping under a region's lock holds up
+    /// [`Dma::close`].
     #[pin]
-    bound: RwSem<bool>,
+    state: RwSem<State>,
     /// The addresses of the regions that map pages for the device.
     #[pin]
     regions: Mutex<RBTree<usize, ()>>,
 }
 
+#[derive(Copy, Clone, PartialEq, Eq)]
+enum State {
+    /// The driver is bound.
+    Bound,
+    /// The driver is bound, but its use of the device ends: only what leaves the device's memory is
+    /// mapped.
+    Ending,
+    /// The driver was unbound.
+    Unbound,
+}
+
 /// Keeps the driver of a device bound.
 pub(crate) struct StaysBound<'a> {
     dma: &'a Arc<Dma>,
-    _bound: ReadGuard<'a, bool>,
+    _state: ReadGuard<'a, State>,
 }
 
 impl Dma {
@@ -92,7 +108,7 @@ impl Dma {
         }
         let init = pin_init!(Self {
             dev: dev.into(),
-            bound <- RwSem::new(true, c"hmm_dma::bound", static_lock_class!()),
+            state <- RwSem::new(State::Bound, c"hmm_dma::state", static_lock_class!()),
             regions <- new_mutex!(RBTree::new(), "hmm_dma::regions"),
         });
         Arc::pin_init(init, GFP_KERNEL)
@@ -109,13 +125,30 @@ impl Dma {
     ///
     /// [`ENODEV`] if the driver was unbound.
     pub(crate) fn stay_bound(this: &Arc<Self>) -> Result<StaysBound<'_>> {
-        let bound = this.bound.read();
-        match *bound {
-            true => Ok(StaysBound {
+        let state = this.state.read();
+        match *state {
+            State::Bound => Ok(StaysBound {
                 dma: this,
-                _bound: bound,
+                _state: state,
             }),
-            false => Err(ENODEV),
+            _ => Err(ENODEV),
+        }
+    }
+
+    /// Keeps the driver bound for a copy. Does not wait, since the caller holds folio locks.
+    ///
+    /// # Errors
+    ///
+    /// [`EAGAIN`] if the driver is being unbound, [`ENODEV`] if it was.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    fn stay_bound_for_copy(this: &Arc<Self>) -> Result<StaysBound<'_>> {
+        let state = this.state.try_read().ok_or(EAGAIN)?;
+        match *state {
+            State::Unbound => Err(ENODEV),
+            _ => Ok(StaysBound {
+                dma: this,
+                _state: state,
+            }),
         }
     }
 
@@ -126,7 +159,7 @@ impl Dma {
     /// [`ENODEV`] if the driver was unbound, [`ENOMEM`].
     pub(crate) fn add_region(&self, address: usize) -> Result {
         let mut regions = self.regions.lock();
-        if !*self.bound.read() {
+        if *self.state.read() != State::Bound {
             return Err(ENODEV);
         }
         regions.try_create_and_insert(address, (), GFP_KERNEL_ACCOUNT)?;
@@ -138,8 +171,16 @@ impl Dma {
     /// When this returns, [`Dma::close`] does not use the region any more.
     pub(crate) fn remove_region(&self, address: usize, unmap: impl FnOnce()) {
         let mut regions = self.regions.lock();
-        if regions.remove(&address).is_some() && *self.bound.read() {
+        if regions.remove(&address).is_some() && *self.state.read() != State::Unbound {
             unmap();
+        }
+    }
+
+    /// Begins the end of the use of the device. From here on nothing new is mapped for it.
+    pub(crate) fn begin_close(&self) {
+        let mut state = self.state.write();
+        if *state == State::Bound {
+            *state = State::Ending;
         }
     }
 
@@ -148,11 +189,56 @@ impl Dma {
     pub(crate) fn close(&self, detach: impl Fn(usize)) {
         // A region that is dropped meanwhile waits for this lock.
         let regions = self.regions.lock();
-        *self.bound.write() = false;
+        *self.state.write() = State::Unbound;
         for address in regions.keys() {
             detach(*address);
         }
     }
+}
+
+/// A device that mirrors map memory for, see
+/// [`Mirror::for_device`](super::Mirror::for_device).
+///
+/// The files of a driver own this, for example, and create mirrors with it. It may outlive the
+/// binding of the driver; creating a mirror fails then.
+pub struct DmaDevice {
+    /// Dropped by [`dma_device_drop`] only.
+    dma: ManuallyDrop<Arc<Dma>>,
+}
+
+impl DmaDevice {
+    #[inline]
+    pub(crate) fn new(dma: &Arc<Dma>) -> Self {
+        Self {
+            dma: ManuallyDrop::new(dma.clone()),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn dma(&self) -> &Arc<Dma> {
+        &self.dma
+    }
+}
+
+impl Clone for DmaDevice {
+    #[inline]
+    fn clone(&self) -> Self {
+        Self::new(&self.dma)
+    }
+}
+
+impl Drop for DmaDevice {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: This is the destructor: nothing uses the field after this.
+        dma_device_drop(unsafe { ManuallyDrop::take(&mut self.dma) });
+    }
+}
+
+#[inline(never)]
+#[export_name = "rust_hmm_device_drop"]
+fn dma_device_drop(dma: Arc<Dma>) {
+    drop(dma);
 }
 
 /// What is mapped in the place of one page.
@@ -515,5 +601,59 @@ impl Maps {
     #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
     pub(crate) fn used(&self) -> usize {
         self.0.iter().flatten().map(|map| map.used).sum()
+    }
+}
+
+/// The mappings of pages of system memory that a device copies.
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub(crate) struct MappedCopies<'a> {
+    map: KBox<LeafMap>,
+    // Dropped after the mappings.
+    _bound: StaysBound<'a>,
+}
+
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+impl<'a> MappedCopies<'a> {
+    /// Maps those of `copies` that have a page of system memory, of which `pfn` gives the number,
+    /// and stores their addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`EAGAIN`] if there is no memory or the driver is being unbound, [`ENODEV`] if it was, and
+    /// [`EIO`] if a page cannot be mapped.
+    ///
+    /// # Safety
+    ///
+    /// The pages of system memory are in use until the result is dropped.
+    pub(crate) unsafe fn new(
+        dma: &'a Arc<Dma>,
+        copies: &mut [PageCopy],
+        pfn: impl Fn(&PageCopy) -> usize,
+    ) -> Result<Self> {
+        let later = |err| if err == ENOMEM { EAGAIN } else { err };
+        let bound = Dma::stay_bound_for_copy(dma)?;
+        let mut this = Self {
+            map: LeafMap::new(&bound, copies.len()).map_err(later)?,
+            _bound: bound,
+        };
+        let pfns = copies.iter().map(|copy| match copy.ram.is_null() {
+            true => HmmPfn::NONE,
+            false => HmmPfn::from_pfn(pfn(copy)),
+        });
+        // SAFETY: The pages are in use (see the # Safety section).
+        unsafe { this.map.map(0, pfns) }.map_err(later)?;
+        for (index, copy) in copies.iter_mut().enumerate() {
+            copy.bus = (!copy.ram.is_null()).then(|| this.map.address(index));
+        }
+        Ok(this)
+    }
+}
+
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+impl Drop for MappedCopies<'_> {
+    fn drop(&mut self) {
+        let pages = self.map.slots.len();
+        // SAFETY: The pages are in use (see the # Safety section of `new()`).
+        unsafe { self.map.unmap(0..pages, |_| true) };
     }
 }

@@ -97,10 +97,11 @@
 //!   [`MirrorOps::invalidate`]. So the callback can only return the [`Invalidated`] that was made
 //!   from its own [`Invalidate`]. What [`Invalidate::flushing`] was given, the core drops after it
 //!   has waited.
-//! - [`CopyBatch`], [`CopyOp`], [`DeviceRange`] and [`NewMemory`] are passed to [`PoolOps::copy`]
-//!   and have no destructor. A batch fails if the driver has not taken all of its items, or has not
-//!   written every byte of a [`NewMemory`]. The core cannot see the device's memory: it relies on
-//!   the driver for [`CopyOp::ToDevice`] and [`CopyOp::Zero`].
+//! - [`CopyBatch`], [`CopyOp`], [`DeviceRange`], [`RamPages`] and [`NewMemory`] are passed to
+//!   [`PoolOps::copy`] and have no destructor. A batch fails if the driver has not taken all of its
+//!   items, or has not written every byte of a [`NewMemory`]. The core cannot see what the device
+//!   does: it relies on the driver for [`CopyOp::ToDevice`] and [`CopyOp::Zero`], and for
+//!   [`NewMemory::filled`].
 //! - [`PageData`] is owned by a page in use. The driver gets it back when the page is freed, so
 //!   what the driver does with it then cannot affect the page.
 //! - [`FaultBuf`] and [`MigrateBuf`] are scratch memory. No call uses what an earlier one left
@@ -166,10 +167,7 @@ mod slots;
 mod span;
 mod vma;
 
-pub use binding::{
-    DmaBinding,
-    DmaDevice, //
-};
+pub use binding::DmaBinding;
 pub use commit::{
     Commit,
     DevicePage,
@@ -183,10 +181,15 @@ pub use copy::{
     CopyBatch,
     CopyOp,
     DeviceRange,
-    NewMemory, //
+    NewMemory,
+    RamPages, //
 };
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
-pub use device_pool::DevicePool;
+pub use device_pool::{
+    DevicePool,
+    Engine, //
+};
+pub use dma::DmaDevice;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 pub use exclusive::ExclusivePage;
 pub use fault::FaultRequest;

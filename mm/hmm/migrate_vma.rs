@@ -29,6 +29,7 @@ use super::{
         CopyBatch,
         PageCopy, //
     },
+    dma::MappedCopies,
     folio::{
         Effort,
         NewFolio, //
@@ -150,7 +151,18 @@ impl Locked<'_> {
     /// Those of the driver; [`EIO`] if it has not taken the whole batch, or has not written all of
     /// the new memory.
     fn copy(&mut self, driver: &Driver<'_>, which: Range<usize>, to_device: bool) -> Result {
-        let copies = self.arrays.copies.get(which).ok_or(EINVAL)?;
+        let ram = match to_device {
+            true => &*self.arrays.src,
+            false => &*self.arrays.dst,
+        };
+        let copies = self.arrays.copies.get_mut(which).ok_or(EINVAL)?;
+        let dma = self.pool.dma().filter(|_| !copies.is_empty());
+        let pfn = |copy: &PageCopy| ram[copy.index] >> bindings::MIGRATE_PFN_SHIFT;
+        // SAFETY: The pages are referenced by mm or new, until `self` is dropped.
+        let _mapped = dma
+            .map(|dma| unsafe { MappedCopies::new(dma, copies, pfn) })
+            .transpose()?;
+        let copies = &*copies;
         let written = Cell::new(0);
         // SAFETY: The pages of system memory are either locked, unmapped and referenced by mm
         // alone, or new. So nobody else accesses them, and they are not freed before `self` is
@@ -406,6 +418,7 @@ impl<'a> Collected<'a, ToDevice> {
                 device: unsafe { address_of(folio.page()) },
                 ram,
                 index: i,
+                bus: None,
             };
             count += 1;
             // INVARIANT: The element is a `NewFolio` of the pool.
@@ -528,6 +541,7 @@ impl<'a> Collected<'a, ToRam> {
                 device,
                 ram,
                 index: i,
+                bus: None,
             };
             count += 1;
         }

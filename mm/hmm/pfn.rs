@@ -95,6 +95,13 @@ impl HmmPfn {
         }
     }
 
+    /// The page with this number, which may be read.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
+    #[inline]
+    pub(crate) const fn from_pfn(pfn: usize) -> Self {
+        Self(pfn | VALID)
+    }
+
     /// Reduces the access to `allowed`, the most that the VMA allows. If it allows no access, the
     /// result is [`HmmPfn::ERROR`].
     #[inline]

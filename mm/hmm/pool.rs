@@ -15,6 +15,7 @@
 use super::{
     callback::Callback,
     copy::CopyBatch,
+    dma::Dma,
     folio::NewFolio,
     pool_ops::{
         CpuAccess,
@@ -88,6 +89,8 @@ pub(crate) struct Pool {
     #[pin]
     slots: SpinLock<Slots>,
     pagemap_ops: &'static bindings::dev_pagemap_ops,
+    /// The device, if it copies by DMA.
+    dma: Option<Arc<Dma>>,
     /// The module that has the code of `ops`, or null if that is built into the kernel.
     module: *mut bindings::module,
     /// Removes the chunks of a lost device when its last page is free.
@@ -405,6 +408,7 @@ impl Pool {
         module: *mut bindings::module,
         name: &CStr,
         ops: DriverOps,
+        dma: Option<Arc<Dma>>,
         chunk_pages: usize,
         max_chunks: usize,
     ) -> Result<Arc<Self>> {
@@ -419,6 +423,7 @@ impl Pool {
             chunks <- new_mutex!(KVec::new(), "hmm_chunks"),
             slots <- new_spinlock!(slots, "hmm_slots"),
             pagemap_ops,
+            dma,
             module,
             work <- new_work!("hmm_pool"),
         }? Error);
@@ -520,6 +525,11 @@ impl Pool {
     /// holds no reference to the module.
     pub(crate) fn module(&self) -> *mut bindings::module {
         self.module
+    }
+
+    /// The device, if it copies by DMA.
+    pub(crate) fn dma(&self) -> Option<&Arc<Dma>> {
+        self.dma.as_ref()
     }
 
     /// Whether a page can be allocated.

@@ -145,8 +145,7 @@ pub trait PoolOps: Send + Sync + 'static {
     /// fails, too, what was started must have ended: the pages of both sides belong to others then.
     ///
     /// The device does not use the pages of a batch, since their entries were erased. A batch has
-    /// at most the pages of a [`MigrateBuf`](super::MigrateBuf). The core gives the CPU's addresses
-    /// only: a device that copies by DMA stages the bytes in a buffer of its driver.
+    /// at most the pages of a [`MigrateBuf`](super::MigrateBuf).
     ///
     /// # Context
     ///

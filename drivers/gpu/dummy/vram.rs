@@ -22,6 +22,7 @@ use hmm::{
     CopyOp,
     CpuAccess,
     DevicePool,
+    Engine,
     MigrateBuf,
     MigrateReason,
     Migrated,
@@ -99,9 +100,10 @@ impl Vram {
         let buf = Arc::new(VramBuf::new(size)?, GFP_KERNEL)?;
         let failed = buf.failed.clone();
         let module = this_module::<crate::LocalModule>();
+        let engine = Engine::Software(buf.clone());
 
         Ok(Self {
-            pool: DevicePool::new(module, name, buf.clone(), Some(buf), CHUNK_PAGES, chunks)?,
+            pool: DevicePool::new(module, name, buf, engine, CHUNK_PAGES, chunks)?,
             size,
             failed,
         })
@@ -262,8 +264,8 @@ impl PoolOps for VramBuf {
             }
             match op {
                 CopyOp::ToDevice { from, to } => {
-                    self.for_each_page(to.start(), from.len(), |bytes, part| {
-                        bytes.copy_from_slice(&from[part])
+                    self.for_each_page(to.start(), to.len(), |bytes, part| {
+                        bytes.copy_from_slice(&from.bytes()[part])
                     })?
                 }
                 CopyOp::ToRam { from, mut to } => {

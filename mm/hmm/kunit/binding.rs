@@ -4,10 +4,8 @@
 
 use super::{
     super::{
-        binding::{
-            DmaBinding,
-            DmaDevice, //
-        },
+        binding::DmaBinding,
+        dma::DmaDevice,
         fault::FaultRequest,
         hmm_range::FaultBuf,
         mirror::Mirror,

@@ -8,7 +8,10 @@ use super::{
             CopyBatch,
             CopyOp, //
         },
-        device_pool::DevicePool,
+        device_pool::{
+            DevicePool,
+            Engine, //
+        },
         evict,
         pool::{
             Pool,
@@ -141,7 +144,14 @@ impl<D: Tally> TestDevice<D> {
             GFP_KERNEL,
         )?;
         let (ops, cpu) = (device.clone(), device.clone());
-        let pool = DevicePool::new(module, c"hmm_kunit", ops, Some(cpu), CHUNK, chunks)?;
+        let pool = DevicePool::new(
+            module,
+            c"hmm_kunit",
+            ops,
+            Engine::Software(cpu),
+            CHUNK,
+            chunks,
+        )?;
         Ok((device, pool))
     }
 
@@ -176,7 +186,7 @@ impl<D: Tally> PoolOps for TestDevice<D> {
             };
             match op {
                 CopyOp::ToDevice { from, to } => {
-                    memory[to.start()..to.start() + to.len()].copy_from_slice(from);
+                    memory[to.start()..to.start() + to.len()].copy_from_slice(from.bytes());
                 }
                 CopyOp::ToRam { from, mut to } => {
                     let end = from.start() + from.len() - self.short.load(Relaxed);

@@ -10,7 +10,8 @@ use super::{
         },
         device_pool::{
             rust_hmm_module_going,
-            DevicePool, //
+            DevicePool,
+            Engine, //
         },
         fault::FaultRequest,
         hmm_range::FaultBuf,
@@ -103,8 +104,15 @@ impl PoolOps for Inward {
                     .and_then(|mm| mm.migrate_to_ram(inside.page, &mut inside.moves))
                     .map(drop),
                 Mirror::new(&MODULE, self.ops.clone()).map(drop),
-                DevicePool::new(&MODULE, c"hmm_inner", self.other.clone(), None, CHUNK, 1)
-                    .map(drop),
+                DevicePool::new(
+                    &MODULE,
+                    c"hmm_inner",
+                    self.other.clone(),
+                    Engine::Cpu,
+                    CHUNK,
+                    1,
+                )
+                .map(drop),
                 if missed { Err(EDEADLK) } else { Ok(()) },
             ]);
         }
@@ -132,7 +140,7 @@ mod tests {
         let (device, _pool) = TestDevice::<u64>::new(1)?;
         for (pages, chunks) in [(0, 1), (CHUNK, 0), (CHUNK + 1, 1), (CHUNK, usize::MAX)] {
             let ops = device.clone();
-            let pool = DevicePool::new(&MODULE, c"hmm_kunit", ops, None, pages, chunks);
+            let pool = DevicePool::new(&MODULE, c"hmm_kunit", ops, Engine::Cpu, pages, chunks);
             assert_eq!(pool.err(), Some(EINVAL));
         }
         Ok(())
@@ -268,7 +276,8 @@ mod tests {
                 ops: Recorder::new()?,
             }? Error);
             let device = Arc::pin_init(init, GFP_KERNEL)?;
-            let pool = DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), None, CHUNK, 1)?;
+            let pool =
+                DevicePool::new(&MODULE, c"hmm_kunit", device.clone(), Engine::Cpu, CHUNK, 1)?;
             let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
             let mirror = Arc::new(mirror, GFP_KERNEL)?;
             let page = map_aligned(mm, 1, Prot::ReadWrite)?;

@@ -9,7 +9,7 @@ use hmm::{CopyBatch, CopyOp};
 
 pub fn keep(batch: &mut CopyBatch<'_>) -> Option<&'static [u8]> {
     match batch.next() {
-        Some(CopyOp::ToDevice { from, .. }) => Some(from),
+        Some(CopyOp::ToDevice { from, .. }) => Some(from.bytes()),
         _ => None,
     }
 }

@@ -4,12 +4,13 @@
 #![forbid(unsafe_code)]
 
 use hmm::{
-    Access, Commit, CopyBatch, CopyOp, DevicePage, DevicePool, DmaBinding, Entry, ExclusivePage,
-    FaultBuf, FaultRequest, Holes, Invalidate, Invalidated, Location, MigrateBuf, MigrateReason,
+    Access, Commit, CopyBatch, CopyOp, DevicePage, DevicePool, DmaBinding, Engine, Entry,
+    ExclusivePage, FaultBuf, FaultRequest, Holes, Invalidate, Invalidated, Location, MigrateBuf, MigrateReason,
     Migrated, Mirror, MirrorOps, PageRange, PoolOps, RamPage, Span, WritePage, WriteSpan,
 };
 use kernel::{
     device::{Bound, Device},
+    dma::DmaAddress,
     prelude::*,
     sync::Arc,
     workqueue::system_dfl,
@@ -75,13 +76,25 @@ pub fn open_for_dma(
 
 pub struct Vram;
 
+impl Vram {
+    fn start_copy(&self, _bus: DmaAddress) {}
+}
+
 impl PoolOps for Vram {
     type PageData = u64;
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         for op in batch {
-            if let CopyOp::ToRam { from, mut to } = op {
-                to.write(&[from.start() as u8])?;
+            match op {
+                CopyOp::ToDevice { from, .. } => self.start_copy(from.bus().ok_or(EINVAL)?),
+                CopyOp::ToRam { from, mut to } => match to.bus() {
+                    Some(bus) => {
+                        self.start_copy(bus);
+                        to.filled();
+                    }
+                    None => to.write(&[from.start() as u8])?,
+                },
+                CopyOp::Zero { .. } => {}
             }
         }
         Ok(())
@@ -93,9 +106,18 @@ impl PoolOps for Vram {
 }
 
 pub fn open_with_memory(module: &'static ThisModule) -> Result<(DevicePool<Vram>, Mirror)> {
-    let pool = DevicePool::new(module, c"vram", Arc::new(Vram, GFP_KERNEL)?, None, 512, 1)?;
+    let vram = Arc::new(Vram, GFP_KERNEL)?;
+    let pool = DevicePool::new(module, c"vram", vram, Engine::Cpu, 512, 1)?;
     let mirror = Mirror::new_with_pool(module, Arc::new(Ops, GFP_KERNEL)?, &pool)?;
     Ok((pool, mirror))
+}
+
+pub fn open_with_memory_for_dma(
+    module: &'static ThisModule,
+    binding: &DmaBinding,
+) -> Result<DevicePool<Vram>> {
+    let vram = Arc::new(Vram, GFP_KERNEL)?;
+    DevicePool::new(module, c"vram", vram, Engine::Dma(binding.device()), 512, 1)
 }
 
 pub fn migrate(
