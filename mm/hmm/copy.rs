@@ -2,10 +2,10 @@
 
 //! Batches of pages that a device copies between system memory and its own memory.
 //!
-//! A driver sees migrating pages only in this form: as bytes of system memory, with a DMA address if
-//! the device copies by DMA, and as addresses in the device's memory. It has access to them until
-//! [`PoolOps::copy`](super::PoolOps::copy) returns. The core keeps the pages locked and unmapped
-//! meanwhile.
+//! A driver sees migrating pages only in this form: as bytes of system memory, which have a DMA
+//! address if the device copies by DMA, and as addresses in the device's memory. It has access to
+//! them until [`PoolOps::copy`](super::PoolOps::copy) returns. The core keeps the pages locked and
+//! unmapped meanwhile.
 
 use core::{
     cell::Cell,
@@ -252,13 +252,13 @@ impl<'a> Iterator for CopyBatch<'a> {
         Some(match (self.to_device, first.ram.is_null()) {
             (true, true) => CopyOp::Zero { to: device },
             (true, false) => CopyOp::ToDevice {
+                to: device,
                 from: RamPages {
                     // SAFETY: The pages are valid for reads and nobody writes them (see the type
                     // invariants). `continues()` has checked that they are adjacent.
                     bytes: unsafe { slice::from_raw_parts(first.ram, device.len) },
                     bus: first.bus,
                 },
-                to: device,
             },
             (false, _) => CopyOp::ToRam {
                 from: device,
