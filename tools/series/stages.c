@@ -2,7 +2,7 @@
 /*
  * One driver after the other in one boot: loads a module, runs a program, unloads the module.
  *
- *   stages SECONDS MODULE NODE PROGRAM [ARGS..] [-- MODULE NODE PROGRAM [ARGS..]]..
+ *   stages SECONDS MODULE[,PARAMETER] NODE PROGRAM [ARGS..] [-- MODULE NODE PROGRAM [ARGS..]]..
  *
  * The program does not run where there is no NODE. From a MODULE on that has a "-" before it the
  * kernel may warn. The beginning and the end of each stage is a line on standard output and one in
@@ -50,10 +50,18 @@ static void may_warn(void)
 	close(fd);
 }
 
-static bool load(const char *path)
+static bool load(const char *word)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	bool loaded = fd >= 0 && !syscall(SYS_finit_module, fd, "", 0);
+	char *parameter, *path = strdup(word);
+	bool loaded;
+	int fd;
+
+	parameter = path + strcspn(path, ",");
+	if (*parameter)
+		*parameter++ = 0;
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	loaded = fd >= 0 && !syscall(SYS_finit_module, fd, parameter, 0);
+	free(path);
 
 	if (!loaded)
 		say("load: %s", strerror(errno));

@@ -21,6 +21,7 @@ TCG = ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]    # page tables of
 KVM = ["-accel", "kvm", "-cpu", "host"]
 TIMEOUT = 900
 STAGE = 300                         # seconds for hmm-tests on one driver
+VRAM = ",vram_mb=320"               # benchmark_thp_migration migrates 256 MiB
 NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which would count in make bench
 ROUNDS = "DUMMY_GPU_ROUNDS=5"       # of dummy_gpu_life_test; the kernel hands it to init
 # The controller has memory that other devices might reach.
@@ -201,7 +202,7 @@ def upstream(tally, kernels, kernel, tests):
         stages = kernels.static("stages")
         names = hmmtests.arguments(everything, later)
         host = "/host" + tests
-        args = [str(STAGE), "/host" + module(kernels, kernel, OURS), NODE, host] + names + [
+        args = [str(STAGE), "/host" + module(kernels, kernel, OURS) + VRAM, NODE, host] + names + [
             "--", "-/host" + module(kernels, kernel, MAINLINE), NODE, host]
         out = Timed(logfile("x86-%s-output" % HMM_TESTS))
         with contextlib.closing(out.file), open(logfile("x86-%s-errors" % HMM_TESTS), "wb") as err:
