@@ -210,10 +210,12 @@ class Kernels:
         path, source = os.path.join(self.dir("init"), name), "%s/%s.c" % (HERE, name)
         # Boots run beside boots, and the first of them needs it built.
         with self.building_static:
-            if not os.path.exists(path) or os.path.getmtime(path) < os.path.getmtime(source):
+            # By contents: another clone may have built it, from another version, since.
+            if not os.path.exists(path + ".c") or read(path + ".c") != read(source):
                 run([self.tc.cc, "-static", "-O2", "-Wall", "-Wextra", "-Werror", *options, "-o", path + ".new",
                      source], "build-init", what="the build of " + name)
                 os.replace(path + ".new", path)
+                write(path + ".c", read(source))
         return path
 
     def boot(self, program, args=(), out=None, err=None, timeout=BOOT_TIMEOUT, name="boot", extra=(), kernel="um",
