@@ -13,6 +13,7 @@ use core::{
     slice, //
 };
 use kernel::{
+    bindings,
     dma::DmaAddress,
     page::PAGE_SIZE,
     prelude::*, //
@@ -84,12 +85,44 @@ impl<'a> RamPages<'a> {
         self.bytes
     }
 
+    /// Copies to `to` what is in the pages from `offset` on, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if there are not so many bytes.
+    #[inline(never)]
+    #[export_name = "rust_hmm_ram_read"]
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result {
+        let rest = self.bytes.get(offset..).ok_or(EINVAL)?;
+        let from = rest.get(..to.len()).ok_or(EINVAL)?;
+        // SAFETY: Both have `to.len()` bytes, and `to` is borrowed mutably, so they do not overlap.
+        unsafe { copy_bytes(to.as_mut_ptr(), from.as_ptr(), to.len()) };
+        Ok(())
+    }
+
     /// The DMA address of the pages, if the pool was made with
     /// [`Engine::Dma`](super::Engine::Dma). It is valid until
     /// [`PoolOps::copy`](super::PoolOps::copy) returns.
     #[inline]
     pub fn bus(&self) -> Option<DmaAddress> {
         self.bus
+    }
+}
+
+/// Copies `len` bytes; whole pages as mm does it, with `copy_page()`.
+///
+/// # Safety
+///
+/// `from` is valid for reads and `to` for writes of `len` bytes, and they do not overlap.
+unsafe fn copy_bytes(to: *mut u8, from: *const u8, len: usize) {
+    if (to.addr() | from.addr() | len) % PAGE_SIZE != 0 {
+        // SAFETY: The caller ensures the conditions (see the # Safety section).
+        return unsafe { to.copy_from_nonoverlapping(from, len) };
+    }
+    for offset in (0..len).step_by(PAGE_SIZE) {
+        let (to, from) = (to.wrapping_add(offset), from.wrapping_add(offset));
+        // SAFETY: Both are pages of what the caller passes (see the # Safety section).
+        unsafe { bindings::copy_page(to.cast(), from.cast_mut().cast()) };
     }
 }
 
@@ -131,16 +164,14 @@ impl NewMemory<'_> {
     /// # Errors
     ///
     /// [`EINVAL`] if there is no room for all of `bytes`. Nothing is written then.
-    #[inline]
+    #[inline(never)]
+    #[export_name = "rust_hmm_new_write"]
     pub fn write(&mut self, bytes: &[u8]) -> Result {
         self.left = self.left.checked_sub(bytes.len()).ok_or(EINVAL)?;
         // SAFETY: The memory is valid for writes and nobody else accesses it (see the type
         // invariants), so `bytes` does not overlap it. The check above ensures that there is room
         // for `bytes`.
-        unsafe {
-            self.start
-                .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
-        };
+        unsafe { copy_bytes(self.start, bytes.as_ptr(), bytes.len()) };
         // INVARIANT: `left` was reduced by the same number of bytes.
         self.start = self.start.wrapping_add(bytes.len());
         self.written.set(self.written.get() + bytes.len());
@@ -148,13 +179,15 @@ impl NewMemory<'_> {
     }
 }
 
-/// A page to be copied.
+/// A folio to be copied.
 #[derive(Copy, Clone)]
 pub(crate) struct PageCopy {
     /// The offset of the page in the device's memory, in bytes.
     pub(crate) device: usize,
     /// The address of the page of system memory, or null if there is no source.
     pub(crate) ram: *mut u8,
+    /// The number of pages, which are contiguous on both sides.
+    pub(crate) pages: usize,
     /// The index of the page in the arrays of its migration. The batch does not use it.
     pub(crate) index: usize,
     /// The DMA address of the page of system memory, if the device copies by DMA.
@@ -169,6 +202,7 @@ impl PageCopy {
     pub(crate) const NONE: Self = Self {
         device: 0,
         ram: core::ptr::null_mut(),
+        pages: 1,
         index: 0,
         bus: None,
     };
@@ -236,14 +270,15 @@ impl<'a> Iterator for CopyBatch<'a> {
     #[inline]
     fn next(&mut self) -> Option<CopyOp<'a>> {
         let first = *self.pages.first()?;
-        let run = self
-            .pages
-            .iter()
-            .enumerate()
-            .take_while(|(n, page)| first.continues(*n, page))
-            .count();
+        let mut run = 0;
+        let folios = self.pages.iter().take_while(|folio| {
+            let continues = first.continues(run, folio);
+            run += if continues { folio.pages } else { 0 };
+            continues
+        });
+        let folios = folios.count();
         // INVARIANT: The remaining pages satisfied the invariants before.
-        self.pages = self.pages.get(run..)?;
+        self.pages = self.pages.get(folios..)?;
 
         let device = DeviceRange {
             start: first.device,

@@ -16,10 +16,12 @@ use super::{
     },
     pool::pool_of,
     pool_ops::MigrateReason,
-    range::PageRange, //
+    range::PageRange,
+    slots::Order, //
 };
 use kernel::{
     bindings,
+    error::to_result,
     mm::virt::VmaRef,
     prelude::*,
     time::{
@@ -54,13 +56,20 @@ pub(crate) unsafe extern "C" fn migrate_to_ram(
 ) -> bindings::vm_fault_t {
     // SAFETY: The caller passes a valid `vmf` (see the # Safety section). Its VMA is valid since
     // the caller holds mmap_lock.
-    let (page, vma, va) = unsafe {
+    let (page, vma, va, has_pte) = unsafe {
         let at = (*vmf).__bindgen_anon_1;
-        ((*vmf).page, VmaRef::from_raw(at.vma), at.address)
+        let has_pte = !(*vmf).pte.is_null();
+        ((*vmf).page, VmaRef::from_raw(at.vma), at.address, has_pte)
     };
     // SAFETY: The caller holds mmap_lock, and a lock and a reference on the page, which is of a
     // chunk (see the # Safety section).
-    match unsafe { cpu_fault(vma, va, page) } {
+    let touched = unsafe {
+        match has_pte {
+            true => cpu_fault(vma, va, page),
+            false => large_cpu_fault(vma, va, page),
+        }
+    };
+    match touched {
         Ok(Touched::Done) => 0,
         // SAFETY: The caller passes a valid `vmf` and holds mmap_lock (see the # Safety section).
         // Neither is used here after this.
@@ -104,6 +113,65 @@ unsafe fn retry_after(vmf: *mut bindings::vm_fault, wait: impl FnOnce()) -> bind
     bindings::vm_fault_reason_VM_FAULT_RETRY
 }
 
+/// Serves a CPU fault on a large folio that is mapped by a PMD.
+///
+/// A process that begins at the start of the folio is likely to go on to its end, so all of it
+/// migrates, if there is a large folio of system memory. Otherwise the folio is split, and only the
+/// pages around the touched one migrate.
+///
+/// # Safety
+///
+/// As for [`cpu_fault`], and `page` is the first one of the folio.
+unsafe fn large_cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Result<Touched> {
+    let block = PageRange::aligned_block(va, Order::MAX.get())?;
+    if block.start() == va {
+        // SAFETY: The caller ensures the conditions (see the # Safety section).
+        match unsafe { whole_cpu_fault(vma, block, page) } {
+            Ok(touched) => return Ok(touched),
+            Err(_) => {}
+        }
+    }
+    // SAFETY: The folio is locked, and the caller has a reference to it (see the # Safety section).
+    let split = to_result(unsafe { bindings::split_folio(page.cast()) });
+    match split {
+        // SAFETY: The caller ensures the conditions (see the # Safety section).
+        Ok(()) => unsafe { cpu_fault(vma, va, page) },
+        Err(_) => Ok(Touched::Held),
+    }
+}
+
+/// Migrates the large folio at `block` to a large folio of system memory.
+///
+/// # Safety
+///
+/// As for [`large_cpu_fault`].
+unsafe fn whole_cpu_fault(
+    vma: &VmaRef,
+    block: PageRange,
+    page: *mut bindings::page,
+) -> Result<Touched> {
+    // SAFETY: The page is of a chunk and the caller holds a reference to it (see the # Safety
+    // section).
+    let pool = unsafe { pool_of(page) };
+    let mut src = KVVec::from_elem(0, block.pages(), GFP_KERNEL | __GFP_NOWARN)?;
+    let mut dst = KVVec::from_elem(0, block.pages(), GFP_KERNEL | __GFP_NOWARN)?;
+    let arrays = Arrays {
+        src: &mut src,
+        dst: &mut dst,
+        copies: &mut [PageCopy::NONE],
+    };
+    // SAFETY: The caller holds mmap_lock and a lock and a reference on the page, which is of `pool`
+    // (see the # Safety section).
+    let collected = unsafe { Collected::<ToRam>::at(pool, vma, block, Order::MAX, page, arrays) }?;
+    let committed = collected
+        .copy(Effort::Try, Some(0))?
+        .commit(MigrateReason::CpuFault);
+    Ok(match committed.has_moved(0) {
+        true => Touched::Done,
+        false => Touched::Held,
+    })
+}
+
 /// Migrates the page at `va` to system memory, and the pages around it as far as they can move.
 ///
 /// # Safety
@@ -126,7 +194,7 @@ unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Resul
     let need = range.index_of(va);
     // SAFETY: The caller holds mmap_lock and a lock and a reference on the page, which is of `pool`
     // (see the # Safety section).
-    let collected = unsafe { Collected::<ToRam>::at(pool, vma, range, page, arrays) }?;
+    let collected = unsafe { Collected::<ToRam>::at(pool, vma, range, Order::PAGE, page, arrays) }?;
     // This is also true for a hole, where the process has dropped the page meanwhile. For a page
     // that could not be collected, mm has cleared the flag.
     let gone = need.is_some_and(|need| collected.migrates(need));

@@ -39,7 +39,7 @@ static PAGEMAP_OPS: bindings::dev_pagemap_ops = bindings::dev_pagemap_ops {
     folio_free: Some(pool::folio_free),
     migrate_to_ram: Some(cpu_fault::migrate_to_ram),
     memory_failure: None,
-    folio_split: None,
+    folio_split: Some(pool::folio_split),
 };
 
 kernel::sync::global_lock! {

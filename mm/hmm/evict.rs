@@ -16,9 +16,11 @@ use super::{
         Pool,
         Reservation, //
     },
-    pool_ops::MigrateReason, //
+    pool_ops::MigrateReason,
+    slots::Order, //
 };
 use kernel::{
+    bindings,
     prelude::*,
     sync::Arc,
     time::{
@@ -61,9 +63,92 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
     Ok(committed.pages())
 }
 
-/// Evicts up to `most` pages, and at most a batch, of those that migrated to the device first. The
-/// new pages are allocated with `effort`. Returns the number of pages that moved, or `None` if no
-/// page is in use.
+/// Migrates the large folio that starts at `pfn` to system memory. If there is no large folio for
+/// it, or the device cannot copy all of it, splits it and migrates its first pages, allocated with
+/// `effort`. Returns the number of pages that moved.
+///
+/// # Errors
+///
+/// As for [`evict_pfns`].
+///
+/// # Safety
+///
+/// The pages are of a chunk of `pool`, which is not freed meanwhile.
+unsafe fn evict_large(pool: &Pool, pfn: usize, order: Order, effort: Effort) -> Result<usize> {
+    // SAFETY: The caller ensures the conditions (see the # Safety section).
+    match unsafe { evict_whole(pool, pfn, order) } {
+        Err(err) if err != ENODEV => {}
+        moved => return moved,
+    }
+    // SAFETY: The chunk has a `struct page` for the pfn.
+    unsafe { split(bindings::page_folio(bindings::pfn_to_page(pfn))) };
+    let mut pfns = [0; BATCH];
+    for (page, first) in pfns.iter_mut().zip(pfn..) {
+        *page = first;
+    }
+    // SAFETY: The caller ensures the conditions (see the # Safety section).
+    unsafe { evict_pfns(pool, &mut pfns, effort) }
+}
+
+/// Migrates the large folio that starts at `pfn` to a large folio of system memory. Returns the
+/// number of pages that moved.
+///
+/// # Safety
+///
+/// As for [`evict_large`].
+unsafe fn evict_whole(pool: &Pool, pfn: usize, order: Order) -> Result<usize> {
+    let pages = order.pages();
+    let mut src = KVVec::with_capacity(pages, GFP_KERNEL | __GFP_NOWARN)?;
+    for pfn in pfn..pfn + pages {
+        src.push(pfn, GFP_KERNEL)?;
+    }
+    let mut dst = KVVec::from_elem(0, pages, GFP_KERNEL | __GFP_NOWARN)?;
+    let arrays = Arrays {
+        src: &mut src,
+        dst: &mut dst,
+        copies: &mut [PageCopy::NONE],
+    };
+    // SAFETY: The pfns are of a chunk of `pool`, which is not freed meanwhile (see the # Safety
+    // section).
+    let collected = unsafe { Collected::pfns(pool, arrays, pages) };
+    let committed = collected
+        .copy(Effort::Try, None)?
+        .commit(MigrateReason::Evict);
+    Ok(committed.pages())
+}
+
+/// Splits a folio into single pages, unless somebody else has a reference to it or its lock.
+///
+/// # Safety
+///
+/// The folio is valid, or was freed and may be in use again.
+unsafe fn split(folio: *mut bindings::folio) {
+    // SAFETY: The folio has a `struct page` (see the # Safety section).
+    if !unsafe { bindings::folio_try_get(folio) } {
+        return;
+    }
+    // SAFETY: This function has a reference to the folio.
+    if unsafe { bindings::folio_trylock(folio) } {
+        // SAFETY: The folio is locked and referenced. If it has one page, this fails.
+        unsafe { bindings::split_folio(folio) };
+        // SAFETY: The folio was locked above. After a split, the lock is that of its first page.
+        unsafe { bindings::folio_unlock(folio) };
+    }
+    // SAFETY: This function has a reference to the folio.
+    unsafe { bindings::folio_put(folio) };
+}
+
+/// Makes room for a block of `order`: in a new chunk, or by evicting as many pages as it has. The
+/// pages that are evicted need not be a block. Returns whether there is one.
+pub(crate) fn make_block(pool: &Arc<Pool>, order: Order) -> bool {
+    pool.can_alloc(order)
+        || Pool::grow(pool, order)
+        || make_room(pool, order.pages()) && pool.can_alloc(order)
+}
+
+/// Evicts up to `most` pages, and at most a batch or a large folio, of those that migrated to the
+/// device first. The new pages are allocated with `effort`. Returns the number of pages that moved,
+/// or `None` if no page is in use.
 ///
 /// The caller makes sure that the pool does not end meanwhile.
 ///
@@ -73,9 +158,14 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
 fn evict(pool: &Pool, effort: Effort, most: usize) -> Result<Option<usize>> {
     let mut pfns = [0; BATCH];
     let pfns = &mut pfns[..most.min(BATCH)];
-    let count = pool.rotate_oldest(pfns);
+    let (count, order) = pool.rotate_oldest(pfns);
     if count == 0 {
         return Ok(None);
+    }
+    if order.is_large() {
+        // SAFETY: The pfn is of a folio in use, so of a chunk of `pool`. The caller makes sure that
+        // the pool does not end, so the chunk is not freed.
+        return unsafe { evict_large(pool, pfns[0], order, effort) }.map(Some);
     }
     // SAFETY: The pfns are of pages in use, so of chunks of `pool`, and there are at most `BATCH`.
     // The caller makes sure that the pool does not end, so the chunks are not freed.
@@ -128,8 +218,8 @@ pub(crate) fn reserve<'a>(
     }
     let mut reservation = Reservation::new(pool, pfns);
     if wanted == 0 {
-        if !pool.can_alloc() {
-            Pool::grow(pool);
+        if !pool.can_alloc(Order::PAGE) {
+            Pool::grow(pool, Order::PAGE);
         }
         return Ok(reservation);
     }
@@ -139,7 +229,7 @@ pub(crate) fn reserve<'a>(
         }
         reservation.fill(wanted);
         let missing = wanted - reservation.taken();
-        if missing == 0 || !(Pool::grow(pool) || make_room(pool, missing)) {
+        if missing == 0 || !(Pool::grow(pool, Order::PAGE) || make_room(pool, missing)) {
             break;
         }
     }

@@ -256,10 +256,16 @@ impl<'a> Snapshot<'a> {
         let Some(mut entries) = window.region.lock_unless_stale(seq)? else {
             return Ok(false);
         };
+        let (mut last, mut known) = (HmmPfn::NONE, HmmPfn::NONE);
         for (va, raw) in window.range.page_addrs().zip(pfns.iter_mut()) {
-            // SAFETY: The type invariants say that `hmm_range_fault()` has reported the page. The
-            // region's lock is held and `seq` is not stale, so the page cannot be freed.
-            let pfn = unsafe { identify(HmmPfn::from_output(*raw), owner) };
+            let reported = HmmPfn::from_output(*raw);
+            let pfn = match reported.is_next_of(last, va) {
+                true => known.next(),
+                // SAFETY: The type invariants say that `hmm_range_fault()` has reported the page.
+                // The region's lock is held and `seq` is not stale, so the page cannot be freed.
+                false => unsafe { identify(reported, owner) },
+            };
+            (last, known) = (reported, pfn);
             if window.needed.contains(va) && !window.is_served(pfn) {
                 // A needed page may have been unmapped or write-protected after it was faulted: try
                 // again. An error is permanent.

@@ -2,11 +2,15 @@
 
 //! New folios, the destinations of a migration, before the migration passes them to mm.
 
-use super::slots::Node;
+use super::slots::{
+    Node,
+    Order, //
+};
 use core::ptr::NonNull;
 use kernel::{
     bindings,
-    mm::virt::VmaRef, //
+    mm::virt::VmaRef,
+    prelude::*, //
 };
 
 /// How hard the allocation of a folio of system memory tries.
@@ -23,7 +27,11 @@ pub(crate) enum Effort {
 }
 
 impl Effort {
-    fn gfp(self) -> bindings::gfp_t {
+    fn gfp(self, order: Order) -> bindings::gfp_t {
+        if order.is_large() {
+            // Without it the caller moves small pages.
+            return bindings::GFP_TRANSHUGE_LIGHT;
+        }
         // No __GFP_ZERO: the folio is mapped only if the driver has written all of it.
         bindings::GFP_HIGHUSER_MOVABLE
             | match self {
@@ -35,13 +43,13 @@ impl Effort {
     }
 }
 
-/// A new folio of one page, in system memory or in a pool. Dropping it frees the folio.
+/// A new folio, in system memory or in a pool. Dropping it frees the folio.
 ///
 /// # Invariants
 ///
-/// The folio has one page, is locked and is not mapped. This owns one reference to the folio.
-/// `migrate_device_pfns()`, called for an eviction, may briefly hold another.
-pub(crate) struct NewFolio(NonNull<bindings::folio>);
+/// The folio has the order that this says, is locked and is not mapped. This owns one reference to
+/// the folio. `migrate_device_pfns()`, called for an eviction, may briefly hold another.
+pub(crate) struct NewFolio(NonNull<bindings::folio>, Order);
 
 impl NewFolio {
     /// Takes over the caller's lock of `folio` and one reference to it.
@@ -49,9 +57,9 @@ impl NewFolio {
     /// # Safety
     ///
     /// `folio` must satisfy the type invariants.
-    pub(crate) unsafe fn new(folio: NonNull<bindings::folio>) -> Self {
+    pub(crate) unsafe fn new(folio: NonNull<bindings::folio>, order: Order) -> Self {
         // INVARIANT: The caller ensures that `folio` satisfies them (see the # Safety section).
-        Self(folio)
+        Self(folio, order)
     }
 
     /// Allocates a folio of system memory. Sleeps.
@@ -59,26 +67,33 @@ impl NewFolio {
     /// `vma` is the VMA that will map the folio and the address in it, if they are known: then the
     /// memory policy of the VMA chooses the NUMA node. Otherwise the folio comes from `node`, or
     /// from another node if `node` has no free memory.
-    pub(crate) fn alloc(effort: Effort, vma: Option<(&VmaRef, usize)>, node: Node) -> Option<Self> {
-        let gfp = effort.gfp();
+    pub(crate) fn alloc(
+        effort: Effort,
+        order: Order,
+        vma: Option<(&VmaRef, usize)>,
+        node: Node,
+    ) -> Option<Self> {
+        let gfp = effort.gfp(order);
         let folio = match vma {
             // SAFETY: The VMA is valid since `vma` is a reference to it, and `va` is an address in
             // it.
-            Some((vma, va)) => unsafe { bindings::vma_alloc_folio(gfp, 0, vma.as_ptr(), va) },
+            Some((vma, va)) => unsafe {
+                bindings::vma_alloc_folio(gfp, order.get() as c_int, vma.as_ptr(), va)
+            },
             // The memory policy of the current task does not apply, since the task may belong to
             // another process. The page was on `node` before, by the policy of its own process.
             //
             // SAFETY: `node` is valid: `page_to_nid()` or `numa_mem_id()` returned it when the page
             // migrated to the device.
-            None => unsafe { bindings::__folio_alloc_node(gfp, 0, node.nid()) },
+            None => unsafe { bindings::__folio_alloc_node(gfp, order.get(), node.nid()) },
         };
         let folio = NonNull::new(folio)?;
         // SAFETY: The folio was allocated just now, so it is valid. Nobody else has locked it, so
         // this does not wait.
         unsafe { bindings::folio_lock(folio.as_ptr()) };
-        // INVARIANT: The folio was allocated just now, with one page and one reference, and locked
-        // above. Nobody has mapped it.
-        Some(Self(folio))
+        // INVARIANT: The folio was allocated just now, with this order and one reference, and
+        // locked above. Nobody has mapped it.
+        Some(Self(folio, order))
     }
 
     /// The page of the folio.
@@ -92,8 +107,12 @@ impl NewFolio {
         // SAFETY: The page is valid, since this owns a reference to its folio (see the type
         // invariants).
         let mpfn = unsafe { bindings::migrate_pfn(bindings::page_to_pfn(self.page())) };
+        let large = match self.1.is_large() {
+            true => bindings::MIGRATE_PFN_COMPOUND as usize,
+            false => 0,
+        };
         core::mem::forget(self);
-        mpfn
+        mpfn | large
     }
 
     /// Takes a folio back from the array of destinations of a migration. Returns `None` if the
@@ -108,7 +127,11 @@ impl NewFolio {
         let page = unsafe { bindings::migrate_pfn_to_page(mpfn) };
         // INVARIANT: `into_mpfn()` gave up a folio that satisfied the invariants, and the caller
         // does not use `mpfn` afterwards.
-        NonNull::new(page.cast()).map(Self)
+        let order = match mpfn & bindings::MIGRATE_PFN_COMPOUND as usize {
+            0 => Order::PAGE,
+            _ => Order::MAX,
+        };
+        NonNull::new(page.cast()).map(|folio| Self(folio, order))
     }
 }
 

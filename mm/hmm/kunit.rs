@@ -15,6 +15,8 @@ mod entries;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod exclusive;
 mod fault;
+#[cfg(all(CONFIG_RUST_HMM_DEVICE, CONFIG_TRANSPARENT_HUGEPAGE))]
+mod large;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod migrate;
 mod mirror;

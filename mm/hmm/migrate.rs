@@ -8,21 +8,27 @@
 use super::{
     copy::PageCopy,
     device_pool::DevicePool,
-    evict::reserve,
+    evict::{
+        make_block,
+        reserve, //
+    },
     folio::Effort,
     hmm_range::{
         report,
         FaultBuf, //
     },
     migrate_vma::{
+        drain,
         Arrays,
         Collected,
+        Committed,
         Holes,
         ToDevice,
         ToRam, //
     },
     mirrored_mm::MirroredMm,
     pfn::{
+        Access,
         HmmPfn,
         State, //
     },
@@ -32,7 +38,8 @@ use super::{
         PoolOps,
         RawData, //
     },
-    range::PageRange, //
+    range::PageRange,
+    slots::Order, //
 };
 use core::ptr::null_mut;
 use kernel::{
@@ -56,14 +63,18 @@ pub struct MigrateBuf {
 }
 
 impl MigrateBuf {
+    /// The largest window, as an order of pages: 2 MiB with 4 KiB pages. Only a buffer of this order
+    /// lets large folios migrate as a whole.
+    pub const MAX_ORDER: u32 = FaultBuf::MAX_ORDER;
+
     /// Creates a buffer for naturally aligned windows of up to `2^order` pages.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if `order` is above [`FaultBuf::MAX_ORDER`], [`ENOMEM`].
+    /// [`EINVAL`] if `order` is above [`MigrateBuf::MAX_ORDER`], [`ENOMEM`].
     #[inline]
     pub fn new(order: u32) -> Result<Self> {
-        if order > FaultBuf::MAX_ORDER {
+        if order > Self::MAX_ORDER {
             return Err(EINVAL);
         }
         let pages = 1 << order;
@@ -91,6 +102,7 @@ impl MigrateBuf {
 pub struct Migrated {
     range: PageRange,
     pages: usize,
+    large: usize,
 }
 
 impl Migrated {
@@ -105,6 +117,28 @@ impl Migrated {
     pub fn pages(&self) -> usize {
         self.pages
     }
+
+    /// The number of those of [`Migrated::pages`] that moved as parts of large folios.
+    #[inline]
+    pub fn large_pages(&self) -> usize {
+        self.large
+    }
+
+    fn none(range: PageRange) -> Self {
+        Self {
+            range,
+            pages: 0,
+            large: 0,
+        }
+    }
+
+    /// Counts what has moved, in folios of `order`.
+    fn add(&mut self, committed: &Committed<'_>, order: Order) {
+        self.pages += committed.pages();
+        if order.is_large() {
+            self.large += committed.pages();
+        }
+    }
 }
 
 impl MirroredMm<'_> {
@@ -117,8 +151,13 @@ impl MirroredMm<'_> {
     /// does not see what a device writes to pages in its memory.
     ///
     /// One call serves one window: from the start of `range` to the end of the aligned block that
-    /// `buf` spans, clipped to the VMA and the region. `data` is called for each page that gets a
-    /// place in device memory. If it fails, the page stays where it is, which is not an error.
+    /// `buf` spans, clipped to the VMA and the region. `data` is called for each folio that gets a
+    /// place in device memory, with the number of its pages. If it fails, the page stays where it
+    /// is, which is not an error; a large folio may be split, and `data` is called again.
+    ///
+    /// A large folio of 2 MiB that the window contains moves as one, if the pool has a block for
+    /// it. So does a hole of this size, where the process may have a large folio. A large folio of
+    /// which `range` has only a part is split.
     ///
     /// The driver is not told where a page is now. The entries of the window have been erased, and
     /// the device has to fault the pages again.
@@ -154,12 +193,48 @@ impl MirroredMm<'_> {
         range: PageRange,
         holes: Holes,
         buf: &mut MigrateBuf,
-        mut data: impl FnMut() -> Result<T::PageData>,
+        mut data: impl FnMut(usize) -> Result<T::PageData>,
     ) -> Result<Migrated> {
-        migrate_to_device(self, pool.pool(), range, holes, buf, &mut || {
+        migrate_to_device(self, pool.pool(), range, holes, false, buf, &mut |pages| {
             // SAFETY: The data is for pages of `pool`, whose driver is `T` and has this type of
             // page data.
-            data().map(|data| unsafe { RawData::new(data) })
+            data(pages).map(|data| unsafe { RawData::new(data) })
+        })
+    }
+
+    /// Migrates the pages of `need` to the memory of the device, before the device accesses them.
+    ///
+    /// This is like [`MirroredMm::migrate_to_device`], but goes beyond `need` to keep folios large,
+    /// as a page fault of a CPU does:
+    ///
+    /// - A large folio that the process has mapped whole is not split. All of it migrates, if it
+    ///   contains the start of `need`.
+    /// - For a write, holes are populated: with a large folio where the process may have one, and
+    ///   all around it is a hole. For a read, holes stay.
+    ///
+    /// If `buf` is smaller than [`MigrateBuf::MAX_ORDER`], only `need` migrates. The result does
+    /// not say which other pages have migrated, but counts them.
+    ///
+    /// # Context and errors
+    ///
+    /// Those of [`MirroredMm::migrate_to_device`].
+    #[inline]
+    pub fn migrate_for_access<T: PoolOps>(
+        &self,
+        pool: &DevicePool<T>,
+        need: PageRange,
+        access: Access,
+        buf: &mut MigrateBuf,
+        mut data: impl FnMut(usize) -> Result<T::PageData>,
+    ) -> Result<Migrated> {
+        let holes = match access {
+            Access::Read => Holes::Keep,
+            Access::Write => Holes::Populate,
+        };
+        migrate_to_device(self, pool.pool(), need, holes, true, buf, &mut |pages| {
+            // SAFETY: The data is for pages of `pool`, whose driver is `T` and has this type of
+            // page data.
+            data(pages).map(|data| unsafe { RawData::new(data) })
         })
     }
 
@@ -168,7 +243,8 @@ impl MirroredMm<'_> {
     /// Pages in memory that may not be read do not migrate. The CPU migrates them when it accesses
     /// them after the memory has become readable again.
     ///
-    /// One call serves one window, as for [`MirroredMm::migrate_to_device`].
+    /// One call serves one window, as for [`MirroredMm::migrate_to_device`]. A large folio moves as
+    /// one, if it can be allocated in system memory.
     ///
     /// # Context
     ///
@@ -184,31 +260,42 @@ impl MirroredMm<'_> {
     pub fn migrate_to_ram(&self, range: PageRange, buf: &mut MigrateBuf) -> Result<Migrated> {
         let _charge = self.enter()?;
         let Some(pool) = self.mirror().pool() else {
-            return Ok(Migrated { range, pages: 0 });
+            return Ok(Migrated::none(range));
         };
         if pool.is_lost() {
             return Err(ENODEV);
         }
-        let (range, scan) = self.scan(range, Holes::Keep, buf)?;
+        let (range, scan) = self.scan(range, Holes::Keep, buf, |scan| scan.device)?;
         if !scan.device {
-            return Ok(Migrated { range, pages: 0 });
+            return Ok(Migrated::none(range));
         }
 
         let guard = self.as_mm().mmap_read_lock_killable()?;
         let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
         let Some(vma) = vma else {
-            return Ok(Migrated { range, pages: 0 });
+            return Ok(Migrated::none(range));
         };
-        let arrays = buf.arrays().0;
-        // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no faulting page.
-        let collected = unsafe { Collected::<ToRam>::at(pool, vma, range, null_mut(), arrays) }?;
-        let copied = collected.copy(Effort::Reclaim, None)?;
-        let pages = copied.commit(MigrateReason::Request).pages();
-        Ok(Migrated { range, pages })
+        let mut most = Order::MAX;
+        loop {
+            let arrays = buf.arrays().0;
+            // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no faulting page.
+            let collected =
+                unsafe { Collected::<ToRam>::at(pool, vma, range, most, null_mut(), arrays) }?;
+            let order = collected.order();
+            match collected.copy(Effort::Reclaim, None) {
+                // Without a large folio, or if the device cannot copy all of it.
+                Err(err) if order.is_large() && err != ENODEV => most = Order::PAGE,
+                copied => {
+                    let mut migrated = Migrated::none(range);
+                    migrated.add(&copied?.commit(MigrateReason::Request), order);
+                    return Ok(migrated);
+                }
+            }
+        }
     }
 
     /// Clips `range` to a window and reports where its pages are, so that a caller does not unmap
-    /// pages if none has to move.
+    /// pages if none has to move. Looks at the pages until `is_enough`.
     ///
     /// The result may be stale, and pinned pages count as pages that can move. Which pages do move
     /// is only known when they are collected.
@@ -217,6 +304,7 @@ impl MirroredMm<'_> {
         range: PageRange,
         holes: Holes,
         buf: &mut MigrateBuf,
+        is_enough: fn(&Scan) -> bool,
     ) -> Result<(PageRange, Scan)> {
         let guard = self.as_mm().mmap_read_lock_killable()?;
         let (range, vma) = migratable(guard.vma_lookup(range.start()), range)?;
@@ -244,10 +332,18 @@ impl MirroredMm<'_> {
             return Ok((range, Scan::UNKNOWN));
         };
         let mut scan = Scan::NOTHING;
-        for pfn in pfns.iter().map(|raw| HmmPfn::from_output(*raw)) {
+        for (index, raw) in pfns.iter().enumerate() {
+            let pfn = HmmPfn::from_output(*raw);
+            scan.pages |= pfn.state() != State::Hole;
             match (pfn.state(), pfn.present()) {
                 // Swapped-out pages look like holes here. They are not collected.
-                (State::Hole, _) => scan.system |= holes == Holes::Populate,
+                (State::Hole, _) => {
+                    let populates = holes == Holes::Populate;
+                    scan.system |= populates;
+                    if index == 0 && populates {
+                        scan.first = First::Hole;
+                    }
+                }
                 (State::Present(_), Some(raw)) => {
                     // SAFETY: The page was reported, no invalidation has collided, and the region's
                     // lock is held, so the page cannot be freed.
@@ -258,37 +354,70 @@ impl MirroredMm<'_> {
                         (
                             Pool::owns(owner, page),
                             bindings::PageAnon(page),
-                            bindings::is_zero_pfn(bindings::page_to_pfn(page)),
+                            bindings::is_zero_pfn(bindings::page_to_pfn(page))
+                                || bindings::is_huge_zero_pfn(bindings::page_to_pfn(page)),
                         )
                     };
                     scan.device |= is_own;
                     scan.system |= !is_own && is_anon || is_zero && holes == Holes::Populate;
+                    if index == 0 && !is_own && pfn.order() >= Order::MAX.get() {
+                        scan.first = First::Large;
+                    }
                 }
                 _ => {}
+            }
+            if is_enough(&scan) {
+                break;
             }
         }
         drop(entries);
         Ok((range, scan))
     }
+
+    /// Whether nothing is mapped in `range`. Swapped-out pages look like holes.
+    fn has_only_holes(&self, range: PageRange, buf: &mut MigrateBuf) -> Result<bool> {
+        match self.scan(range, Holes::Keep, buf, |scan| scan.pages) {
+            Ok((scanned, scan)) => Ok(scanned == range && !scan.pages),
+            Err(err) if err == EFAULT => Ok(false),
+            Err(err) => Err(err),
+        }
+    }
+}
+
+/// What is at the start of a window.
+#[derive(Copy, Clone, PartialEq, Eq)]
+enum First {
+    /// A part of a large folio that the process has mapped whole.
+    Large,
+    /// A hole that will be populated.
+    Hole,
+    Other,
 }
 
 /// Where a window may have pages that could move.
 #[derive(Copy, Clone)]
 struct Scan {
+    first: First,
     /// In the device's memory.
     device: bool,
     /// In system memory, or in holes that will be populated.
     system: bool,
+    /// Anywhere.
+    pages: bool,
 }
 
 impl Scan {
     const NOTHING: Self = Self {
+        first: First::Other,
         device: false,
         system: false,
+        pages: false,
     };
     const UNKNOWN: Self = Self {
+        first: First::Other,
         device: true,
         system: true,
+        pages: true,
     };
 }
 
@@ -299,8 +428,9 @@ fn migrate_to_device(
     pool: &Arc<Pool>,
     range: PageRange,
     holes: Holes,
+    whole: bool,
     buf: &mut MigrateBuf,
-    data: &mut dyn FnMut() -> Result<RawData>,
+    data: &mut dyn FnMut(usize) -> Result<RawData>,
 ) -> Result<Migrated> {
     let _charge = mm.enter()?;
     if !mm.mirror().pool().is_some_and(|own| Arc::ptr_eq(own, pool)) {
@@ -309,57 +439,117 @@ fn migrate_to_device(
     if pool.is_lost() {
         return Err(ENODEV);
     }
-    let (range, scan) = mm.scan(range, holes, buf)?;
-    let mut migrated = Migrated { range, pages: 0 };
+    let (range, scan) = mm.scan(range, holes, buf, |scan| scan.system)?;
+    let mut migrated = Migrated::none(range);
     if !scan.system {
         return Ok(migrated);
     }
+    let block = PageRange::aligned_block(range.start(), Order::MAX.get())?;
+    let window = match scan.first {
+        _ if !whole || block.pages() > buf.src.len() || block == range => range,
+        First::Large => block,
+        First::Hole if mm.has_only_holes(block, buf)? => block,
+        _ => range,
+    };
 
     // The first round uses free pages of the pool, and adds a chunk only if there are none. If it
     // collects more pages than it has free ones, a second round first makes room for the others.
     // Making room evicts pages and adds chunks, which is not possible with a lock of mm held. And
     // nothing should be evicted before it is known which pages can move.
-    let mut short = 0;
-    for _ in 0..2 {
-        match migrate_round(mm, pool, holes, buf, data, short, &mut migrated) {
-            Ok(left) => short = left,
+    //
+    // A large folio needs a block of its size. If none can be made, it is split.
+    let mut round = Round {
+        window,
+        most: Order::MAX,
+        room: 0,
+    };
+    let mut tried = false;
+    loop {
+        let (short, order) = match round.run(mm, pool, holes, buf, data, &mut migrated) {
+            Ok(left) => left,
             // Pages have moved in the first round: the caller has to hear of them.
             Err(_) if migrated.pages != 0 => break,
             Err(err) => return Err(err),
-        }
-        if short == 0 {
+        };
+        if short == 0 || round.room != 0 {
             break;
         }
+        if !order.is_large() {
+            round.room = short;
+        } else if tried || !make_block(pool, order) {
+            round.most = Order::PAGE;
+            // The first round has put the folio back into a per-CPU batch, whose reference keeps it
+            // from being split.
+            drain();
+        }
+        tried = true;
     }
     Ok(migrated)
 }
 
-/// Makes room for `room` pages and migrates the pages of `migrated.range` that free pages of `pool`
-/// are found for. Adds to `migrated` what has moved, and returns how many pages found no room.
-fn migrate_round(
-    mm: &MirroredMm<'_>,
-    pool: &Arc<Pool>,
-    holes: Holes,
-    buf: &mut MigrateBuf,
-    data: &mut dyn FnMut() -> Result<RawData>,
+/// One attempt of a migration to the device.
+struct Round {
+    /// What migrates if it is a large folio: else only the range that the caller asked for.
+    window: PageRange,
+    /// A folio that is larger is split.
+    most: Order,
+    /// The number of pages to make room for.
     room: usize,
-    migrated: &mut Migrated,
-) -> Result<usize> {
-    let (arrays, reserved) = buf.arrays();
-    let mut reservation = reserve(pool, reserved, room)?;
+}
 
-    let guard = mm.as_mm().mmap_read_lock_killable()?;
-    let vma = guard.vma_lookup(migrated.range.start());
-    let (range, vma) = migratable(vma, migrated.range)?;
-    migrated.range = range;
-    let Some(vma) = vma else {
-        return Ok(0);
-    };
-    // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
-    let collected = unsafe { Collected::<ToDevice>::at(pool, vma, range, arrays) }?;
-    let (copied, left) = collected.copy(&mut reservation, holes, data)?;
-    migrated.pages += copied.commit().pages();
-    Ok(left)
+impl Round {
+    /// Migrates the pages that free pages of `pool` are found for. Adds to `migrated` what has
+    /// moved, and returns how many pages found no room, and the order of their folios.
+    fn run(
+        &self,
+        mm: &MirroredMm<'_>,
+        pool: &Arc<Pool>,
+        holes: Holes,
+        buf: &mut MigrateBuf,
+        data: &mut dyn FnMut(usize) -> Result<RawData>,
+        migrated: &mut Migrated,
+    ) -> Result<(usize, Order)> {
+        let (mut arrays, reserved) = buf.arrays();
+        let mut reservation = reserve(pool, reserved, self.room)?;
+
+        let guard = mm.as_mm().mmap_read_lock_killable()?;
+        let vma = guard.vma_lookup(migrated.range.start());
+        let (range, vma) = migratable(vma, migrated.range)?;
+        migrated.range = range;
+        let Some(vma) = vma else {
+            return Ok((0, Order::PAGE));
+        };
+        let is_inside = vma.start() <= self.window.start() && self.window.end() <= vma.end();
+        let first = match self.most.is_large() && is_inside {
+            true => self.window,
+            false => range,
+        };
+        // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
+        let mut collected =
+            unsafe { Collected::<ToDevice>::at(pool, vma, first, self.most, arrays.again()) }?;
+        let fits = match collected.order().is_large() {
+            true => collected.has_folio() || may_be_large(vma),
+            false => first == range,
+        };
+        if !fits {
+            drop(collected);
+            let most = Order::PAGE;
+            // SAFETY: `guard` holds mmap_lock, and `vma` borrows it.
+            collected = unsafe { Collected::<ToDevice>::at(pool, vma, range, most, arrays) }?;
+        }
+        let order = collected.order();
+        let (copied, short) = collected.copy(&mut reservation, holes, data)?;
+        migrated.add(&copied.commit(), order);
+        Ok((short, order))
+    }
+}
+
+/// Whether a CPU that touches a hole of `vma` gets a large folio, if all around it is a hole too.
+fn may_be_large(vma: &VmaRef) -> bool {
+    let (flags, order) = (vma.flags(), 1 << Order::MAX.get());
+    let fault = bindings::tva_type_TVA_PAGEFAULT;
+    // SAFETY: `vma` is a reference to a valid VMA.
+    unsafe { bindings::thp_vma_allowable_orders(vma.as_ptr(), flags, fault, order) != 0 }
 }
 
 /// Clips `range` to `vma`, which contains its start. Also returns `vma`, if its pages can migrate.

@@ -45,7 +45,10 @@ use super::{
         RawData, //
     },
     range::PageRange,
-    slots::Node, //
+    slots::{
+        Node,
+        Order, //
+    }, //
 };
 use core::{
     cell::Cell,
@@ -75,7 +78,8 @@ pub enum Holes {
 /// The most pages that migrate together if the arrays are on the stack.
 pub(crate) const BATCH: usize = 16;
 
-/// The arrays that a migration needs, with one element for each page.
+/// The arrays that a migration needs, with one element for each page, and in `copies` for each
+/// folio.
 pub(crate) struct Arrays<'a> {
     pub(crate) src: &'a mut [usize],
     pub(crate) dst: &'a mut [usize],
@@ -83,9 +87,18 @@ pub(crate) struct Arrays<'a> {
 }
 
 impl Arrays<'_> {
-    /// The number of pages that all arrays have room for.
+    /// The same arrays, for a migration that may have to start again.
+    pub(crate) fn again(&mut self) -> Arrays<'_> {
+        Arrays {
+            src: self.src,
+            dst: self.dst,
+            copies: self.copies,
+        }
+    }
+
+    /// The number of pages that the arrays have room for.
     fn len(&self) -> usize {
-        self.src.len().min(self.dst.len()).min(self.copies.len())
+        self.src.len().min(self.dst.len())
     }
 }
 
@@ -103,19 +116,41 @@ enum Found<'a> {
 ///
 /// - The first `pages` elements of `src` are as `migrate_vma_setup()` or `migrate_device_pfns()`
 ///   left them, apart from the changes of `migrate_*_pages()`.
-/// - Each of these elements of `dst` is zero or a [`NewFolio`]. If `moved` is set, the folio holds
-///   the data of the page in `src`.
+/// - If `order` is large, these are the pages of one folio or of one hole, and only the first
+///   element of `src` stands for it.
+/// - Each of these elements of `dst` is zero or a [`NewFolio`] of this order. If `moved` is set, the
+///   folio holds the data of the page in `src`.
 struct Locked<'a> {
     /// The pool that the pages come from, or go to.
     pool: &'a Pool,
     found: Found<'a>,
     arrays: Arrays<'a>,
     pages: usize,
+    order: Order,
     /// Whether `migrate_*_pages()` was called.
     moved: bool,
 }
 
 impl Locked<'_> {
+    /// The order of what `migrate_vma_setup()` or `migrate_device_pfns()` has stored in `src`.
+    fn order_of(src: &[usize], pages: usize) -> Order {
+        let is_compound = |src: &usize| src & bindings::MIGRATE_PFN_COMPOUND as usize != 0;
+        match src.first().is_some_and(is_compound) && pages == Order::MAX.pages() {
+            true => Order::MAX,
+            false => Order::PAGE,
+        }
+    }
+
+    /// The indices of the folios and holes.
+    fn folios(&self) -> impl Iterator<Item = usize> {
+        (0..self.pages).step_by(self.order.pages())
+    }
+
+    /// The index of the folio or hole that page `i` is a part of.
+    fn folio_of(&self, i: usize) -> usize {
+        i - i % self.order.pages()
+    }
+
     /// Whether page `i` is to migrate. After `migrate_*_pages()`, a page that has a destination and
     /// still migrates has moved.
     fn migrates(&self, i: usize) -> bool {
@@ -176,7 +211,7 @@ impl Locked<'_> {
         let all = if to_device {
             0
         } else {
-            copies.len() << PAGE_SHIFT
+            copies.iter().map(|copy| copy.pages << PAGE_SHIFT).sum()
         };
         match batch.next() {
             None if written.get() == all => Ok(()),
@@ -278,11 +313,21 @@ pub(crate) struct Committed<'a> {
 impl<'a, Way> Collected<'a, Way> {
     /// Whether page `i` was collected, or is a hole.
     pub(crate) fn migrates(&self, i: usize) -> bool {
-        self.0.migrates(i)
+        self.0.migrates(self.0.folio_of(i))
+    }
+
+    /// Whether the first page was collected, and is not a hole.
+    pub(crate) fn has_folio(&self) -> bool {
+        self.0.migrates(0) && !self.0.src_page(0).is_null()
+    }
+
+    /// The order of the folios. If it is large, there is one folio, or one hole.
+    pub(crate) fn order(&self) -> Order {
+        self.0.order
     }
 
     /// Locks and unmaps the pages of `range` of `vma` that `select` names, by
-    /// `migrate_vma_setup()`.
+    /// `migrate_vma_setup()`. A folio that is larger than `most` is split.
     ///
     /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
     ///
@@ -296,6 +341,7 @@ impl<'a, Way> Collected<'a, Way> {
         pool: &'a Pool,
         vma: &'a VmaRef,
         range: PageRange,
+        most: Order,
         select: bindings::migrate_vma_direction,
         fault_page: *mut bindings::page,
         arrays: Arrays<'a>,
@@ -303,6 +349,10 @@ impl<'a, Way> Collected<'a, Way> {
         if arrays.len() < range.pages() {
             return Err(EINVAL);
         }
+        let compound = match most.is_large() {
+            true => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND,
+            false => 0,
+        };
         let mut args = bindings::migrate_vma {
             vma: vma.as_ptr(),
             src: arrays.src.as_mut_ptr(),
@@ -312,7 +362,7 @@ impl<'a, Way> Collected<'a, Way> {
             start: range.start(),
             end: range.end(),
             pgmap_owner: pool.as_owner(),
-            flags: select as usize,
+            flags: (select | compound) as usize,
             fault_page,
         };
         // SAFETY: The arrays have an element for each page. The caller holds mmap_lock, and
@@ -325,6 +375,7 @@ impl<'a, Way> Collected<'a, Way> {
             Locked {
                 pool,
                 pages: args.npages,
+                order: Locked::order_of(arrays.src, args.npages),
                 found: Found::Vma(vma, args),
                 arrays,
                 moved: false,
@@ -335,7 +386,8 @@ impl<'a, Way> Collected<'a, Way> {
 }
 
 impl<'a> Collected<'a, ToDevice> {
-    /// Locks and unmaps the pages of system memory in `range` of `vma`, and collects the holes.
+    /// Locks and unmaps the pages of system memory in `range` of `vma`, and collects the holes. A
+    /// folio that is larger than `most` is split.
     ///
     /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
     ///
@@ -346,12 +398,13 @@ impl<'a> Collected<'a, ToDevice> {
         pool: &'a Pool,
         vma: &'a VmaRef,
         range: PageRange,
+        most: Order,
         arrays: Arrays<'a>,
     ) -> Result<Self> {
         let select = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_SYSTEM;
         // SAFETY: The caller holds mmap_lock for `'a` (see the # Safety section). `select` names
         // system memory, and `fault_page` is null.
-        unsafe { Self::select(pool, vma, range, select, null_mut(), arrays) }
+        unsafe { Self::select(pool, vma, range, most, select, null_mut(), arrays) }
     }
 
     /// Whether page `i` should move to the device.
@@ -371,7 +424,8 @@ impl<'a> Collected<'a, ToDevice> {
     /// Copies the pages to device pages of `reservation`, which takes free pages of the pool as far
     /// as there are any. Zeroes the device memory for holes. A page stays where it is if `data`
     /// fails for it. Also returns the number of pages that stay because no device page was left for
-    /// them.
+    /// them: all of them, if this is a large folio and the pool has no free block of this size, or
+    /// `data` fails for the folio.
     ///
     /// # Errors
     ///
@@ -381,29 +435,35 @@ impl<'a> Collected<'a, ToDevice> {
         mut self,
         reservation: &mut Reservation<'_>,
         holes: Holes,
-        data: &mut dyn FnMut() -> Result<RawData>,
+        data: &mut dyn FnMut(usize) -> Result<RawData>,
     ) -> Result<(Copied<'a, ToDevice>, usize)> {
         if !reservation.is_of(self.0.pool) {
             return Err(EINVAL);
         }
         // From here on the data of pages is set, until they are copied.
         let driver = self.0.pool.driver()?;
-        let wanted = (0..self.0.pages).filter(|i| self.moves(*i, holes)).count();
-        reservation.fill(wanted);
+        let order = self.0.order;
+        if !order.is_large() {
+            let wanted = self.0.folios().filter(|i| self.moves(*i, holes)).count();
+            reservation.fill(wanted);
+        }
         let (mut count, mut short) = (0, 0);
-        for i in 0..self.0.pages {
+        for i in self.0.folios() {
             if !self.moves(i, holes) {
                 continue;
             }
-            if reservation.is_used_up() {
-                short += 1;
-                continue;
-            }
-            let callback = Callback::begin();
-            let data = data();
-            drop(callback);
-            let Some(folio) = data.ok().and_then(|data| reservation.folio(data)) else {
-                continue;
+            let data = || {
+                let _callback = Callback::begin();
+                data(order.pages())
+            };
+            let folio = match reservation.folio(order, data) {
+                Ok(Some(folio)) => folio,
+                Err(_) if !order.is_large() => continue,
+                // The pages of a large folio may migrate one by one.
+                _ => {
+                    short += order.pages();
+                    continue;
+                }
             };
             let locked = &mut self.0;
             let src = locked.src_page(i);
@@ -417,6 +477,7 @@ impl<'a> Collected<'a, ToDevice> {
                 // `folio` has a reference to it.
                 device: unsafe { address_of(folio.page()) },
                 ram,
+                pages: order.pages(),
                 index: i,
                 bus: None,
             };
@@ -432,7 +493,8 @@ impl<'a> Collected<'a, ToDevice> {
 }
 
 impl<'a> Collected<'a, ToRam> {
-    /// Locks and unmaps the pages of `pool` in `range` of `vma`.
+    /// Locks and unmaps the pages of `pool` in `range` of `vma`. A folio that is larger than `most`
+    /// is split.
     ///
     /// Pages that somebody else has locked or has a reference to are left alone, except
     /// `fault_page` if it is not null. The notifiers run.
@@ -445,6 +507,7 @@ impl<'a> Collected<'a, ToRam> {
         pool: &'a Pool,
         vma: &'a VmaRef,
         range: PageRange,
+        most: Order,
         fault_page: *mut bindings::page,
         arrays: Arrays<'a>,
     ) -> Result<Self> {
@@ -452,11 +515,12 @@ impl<'a> Collected<'a, ToRam> {
         // SAFETY: The caller holds mmap_lock for `'a`, and `fault_page` is null or a locked and
         // referenced page of `pool` (see the # Safety section). `select` names device-private
         // memory.
-        unsafe { Self::select(pool, vma, range, select, fault_page, arrays) }
+        unsafe { Self::select(pool, vma, range, most, select, fault_page, arrays) }
     }
 
     /// Locks and unmaps the pages of `pool` whose pfns are in the first `pages` elements of
-    /// `arrays.src`, wherever they are mapped.
+    /// `arrays.src`, wherever they are mapped. There are either pages of small folios, or all pages
+    /// of one large folio.
     ///
     /// Pages that are free, or that somebody else has locked or has a reference to, are left alone.
     /// The notifiers run.
@@ -475,6 +539,7 @@ impl<'a> Collected<'a, ToRam> {
         Self(
             Locked {
                 pool,
+                order: Locked::order_of(arrays.src, pages),
                 found: Found::Pfns,
                 arrays,
                 pages,
@@ -486,7 +551,7 @@ impl<'a> Collected<'a, ToRam> {
 
     /// Copies the pages to new pages of system memory, allocated with `effort`. Pages that cannot
     /// be allocated or copied stay where they are. But if this happens to page `need`, all pages
-    /// stay.
+    /// stay. A large folio needs a large one: without it the caller tries again with small ones.
     ///
     /// Page `need` is allocated first, with [`Effort::Fault`].
     ///
@@ -500,18 +565,23 @@ impl<'a> Collected<'a, ToRam> {
         let locked = &mut self.0;
         // If page `need` is gone meanwhile, there is no reason to migrate the others.
         let comes = |i| i < locked.pages && locked.migrates(i) && !locked.src_page(i).is_null();
+        let need = need.map(|need| locked.folio_of(need));
         if need.is_some_and(|need| !comes(need)) {
             // INVARIANT: All destinations are zero.
             return Ok(Copied::new(self.0, None));
         }
         let driver = locked.pool.driver()?;
         let mut count = 0;
-        let others = (0..locked.pages).filter(|i| Some(*i) != need);
+        let others = locked.folios().filter(|i| Some(*i) != need);
         for i in Iterator::chain(need.into_iter(), others) {
             let src = locked.src_page(i);
             // migrate_vma_setup() collects holes, whatever it was asked for.
             if !locked.migrates(i) || src.is_null() {
                 continue;
+            }
+            // A large folio has been split before it could be locked.
+            if count == locked.arrays.copies.len() {
+                break;
             }
             // SAFETY: The type invariants say that the page is of a chunk of the pool. mm holds a
             // lock and a reference on it.
@@ -527,7 +597,8 @@ impl<'a> Collected<'a, ToRam> {
             } else {
                 effort
             };
-            let Some(folio) = NewFolio::alloc(effort, locked.address(i), node) else {
+            let order = locked.order;
+            let Some(folio) = NewFolio::alloc(effort, order, locked.address(i), node) else {
                 if count == 0 {
                     return Err(ENOMEM);
                 }
@@ -540,6 +611,7 @@ impl<'a> Collected<'a, ToRam> {
             locked.arrays.copies[count] = PageCopy {
                 device,
                 ram,
+                pages: order.pages(),
                 index: i,
                 bus: None,
             };
@@ -615,10 +687,14 @@ impl<'a> Copied<'a, ToRam> {
         locked
             .pool
             .mark_unused(moved().map(|i| unsafe { address_of(locked.src_page(i)) }));
-        let pages = moved().map(|i| locked.src_page(i));
+        let heads = moved().map(|i| locked.src_page(i));
         // SAFETY: The type invariants of `Copied` say that the sources are of chunks of the pool.
         // They are referenced until `committed` is dropped.
-        unsafe { locked.pool.migrated_to_ram(pages, reason) };
+        unsafe {
+            locked
+                .pool
+                .migrated_to_ram(heads, locked.order.pages(), reason)
+        };
         committed
     }
 }
@@ -631,7 +707,7 @@ impl<'a> Committed<'a> {
         // INVARIANT: The caller has the pages from a `Copied`, so each destination holds the data.
         locked.moved = true;
         let mut this = Self { locked, pages: 0 };
-        this.pages = this.moved().count();
+        this.pages = this.moved().count() * this.locked.order.pages();
         this
     }
 
@@ -645,11 +721,13 @@ impl<'a> Committed<'a> {
 
     /// Whether page `i` has moved.
     pub(crate) fn has_moved(&self, i: usize) -> bool {
+        let i = self.locked.folio_of(i);
         i < self.locked.pages && self.locked.migrates(i) && self.locked.arrays.dst[i] != 0
     }
 
+    /// The indices of the folios that have moved.
     fn moved(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.locked.pages).filter(|i| self.has_moved(*i))
+        self.locked.folios().filter(|i| self.has_moved(*i))
     }
 }
 

@@ -8,6 +8,7 @@
 
 use kernel::{
     bindings,
+    page::PAGE_SIZE,
     prelude::*, //
 };
 
@@ -142,6 +143,23 @@ impl HmmPfn {
     #[inline]
     pub(crate) const fn order(self) -> u32 {
         ((self.0 & ORDER) >> ORDER_SHIFT) as u32
+    }
+
+    /// Whether this page, at `va`, is the next one after `last` in the same large mapping, and so in
+    /// the same folio.
+    #[inline]
+    pub(crate) const fn is_next_of(self, last: Self, va: usize) -> bool {
+        let block = PAGE_SIZE << self.order();
+        self.order() != 0 && self.0 == last.0 + 1 && va & (block - 1) != 0
+    }
+
+    /// The next page of the same folio. An error stays one.
+    #[inline]
+    pub(crate) const fn next(self) -> Self {
+        match self.state() {
+            State::Present(_) => Self(self.0 + 1),
+            State::Hole | State::Error => self,
+        }
     }
 
     /// Converts to an integer, for [`HmmPfn::from_raw`].

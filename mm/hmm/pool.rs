@@ -7,8 +7,8 @@
 //! left, and keeps all chunks until it ends. This file owns the chunks, the page allocator and the
 //! data that the driver keeps for each page. The migration of pages is built on it, in other files.
 //!
-//! Lock order: folio locks, then `slots`. `chunks` is taken with no folio lock held, since adding a
-//! chunk allocates memory and hot-plugs it.
+//! Lock order: folio locks, then `page_data`, then `slots`. `chunks` is taken with no folio lock
+//! held, since adding a chunk allocates memory and hot-plugs it.
 //!
 //! C header: [`include/linux/memremap.h`](srctree/include/linux/memremap.h)
 
@@ -78,6 +78,10 @@ pub(crate) struct Pool {
     /// set, so that [`Pool::give_up`] waits for them.
     #[pin]
     calls: RwSem<()>,
+    /// The driver, as long as it has data of pages. Locked while data is given back, and while a
+    /// folio is split, which copies its data.
+    #[pin]
+    page_data: SpinLock<Option<Arc<dyn Ops>>>,
     /// Whether the device is lost. The driver is not asked for copies any more.
     lost: Atomic<bool>,
     /// A copy, since the driver may go before the chunks.
@@ -266,7 +270,7 @@ impl Chunk {
                         // nobody else uses yet.
                         unsafe {
                             let page = bindings::pfn_to_page(pfn);
-                            bindings::folio_set_zone_device_data(page.cast(), no_data());
+                            set_data(page, no_data());
                         }
                     }
                     Ok::<_, Error>(())
@@ -335,16 +339,29 @@ pub(crate) unsafe fn address_of(page: *mut bindings::page) -> usize {
     (chunk.first + (pfn - chunk.first_pfn())) << PAGE_SHIFT
 }
 
-/// The driver's data of `page`: the pointer of its [`RawData`].
+/// The driver's data of `page`, which is the first page of its folio: the pointer of its
+/// [`RawData`].
+///
+/// Unlike `folio_zone_device_data()`, this may be called for a page that is free and was a tail.
 ///
 /// # Safety
 ///
-/// `page` must belong to a chunk and be in use. The caller must have a reference to it, or must be
-/// [`folio_free`].
+/// `page` must belong to a chunk, and must not be the tail of a folio in use. The chunk must not be
+/// freed meanwhile.
 pub(crate) unsafe fn data_of(page: *mut bindings::page) -> *mut c_void {
-    // SAFETY: The page is in use (see the # Safety section). Folios of a pool have one page, so the
-    // page is the head of its folio.
-    unsafe { bindings::folio_zone_device_data(page.cast()) }
+    // SAFETY: The page has a `struct page`, since its chunk is not freed. mm does not use the field,
+    // except in tails (see the # Safety section).
+    unsafe { (*page).__bindgen_anon_1.__bindgen_anon_4.zone_device_data }
+}
+
+/// Sets what [`data_of`] returns.
+///
+/// # Safety
+///
+/// As for [`data_of`], and nobody else accesses the data of `page` meanwhile.
+unsafe fn set_data(page: *mut bindings::page, data: *mut c_void) {
+    // SAFETY: As in `data_of()`. Nobody else accesses the field (see the # Safety section).
+    unsafe { (*page).__bindgen_anon_1.__bindgen_anon_4.zone_device_data = data };
 }
 
 /// `folio_free` of the `dev_pagemap_ops`. `free_zone_device_folio()` calls it when the last
@@ -359,13 +376,63 @@ pub(crate) unsafe extern "C" fn folio_free(folio: *mut bindings::folio) {
     // meanwhile: `free_zone_device_folio()` gives up the page's reference to the pagemap, for which
     // the chunk's drop waits, after this returns.
     let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
-    // Otherwise `Pool::give_up()` has given the data back already, or will do so.
-    if let Some(driver) = pool.ops.try_access() {
-        // SAFETY: The page belongs to a chunk, and nobody has a reference to it (see the # Safety
-        // section), so nobody else accesses its data: `Pool::give_up()` waits for the guard.
-        unsafe { free_data(page, &*driver.ops) };
+    let page_data = pool.page_data.lock();
+    let order = pool.slots.lock().folio_order(address >> PAGE_SHIFT);
+    for tail in 1..order.pages() {
+        // SAFETY: These are the other pages of the folio. mm has no use for what it keeps in them
+        // any more: `free_zone_device_folio()` has read what it needs.
+        unsafe { set_data(page.add(tail), no_data()) };
     }
+    if let Some(ops) = &*page_data {
+        // SAFETY: The page belongs to a chunk, and nobody has a reference to it (see the # Safety
+        // section). `page_data` is locked.
+        unsafe { free_data(page, order, &**ops) };
+    }
+    drop(page_data);
     Pool::give_back(pool, core::iter::once(address));
+}
+
+/// `folio_split` of the `dev_pagemap_ops`: `tail` was a part of the folio `head`, and is a folio of
+/// one page now. Called for each tail, and then once with null, with spinlocks held.
+///
+/// # Safety
+///
+/// `head` is a folio of a chunk, which is locked. Nobody can free `tail` before the last call.
+pub(crate) unsafe extern "C" fn folio_split(
+    head: *mut bindings::folio,
+    tail: *mut bindings::folio,
+) {
+    let page: *mut bindings::page = head.cast();
+    if !tail.is_null() {
+        // SAFETY: `tail` is a folio of the same chunk, and mm waits for this function before it
+        // uses it. `clear_compound_head()` has cleared the field.
+        unsafe {
+            let tail = &mut (*tail).__bindgen_anon_1.__bindgen_anon_1;
+            tail.__bindgen_anon_1.pgmap = bindings::page_pgmap(page);
+        }
+        return;
+    }
+    // SAFETY: The page belongs to a chunk, and is not freed meanwhile (see the # Safety section).
+    let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
+    let page_data = pool.page_data.lock();
+    let mut slots = pool.slots.lock();
+    let order = slots.folio_order(address >> PAGE_SHIFT);
+    slots.split(address >> PAGE_SHIFT);
+    drop(slots);
+    // SAFETY: The page belongs to a chunk, and is not freed meanwhile.
+    let data = unsafe { data_of(page) };
+    // Otherwise `Pool::give_up()` has given the data back already.
+    let ops = page_data.as_ref().filter(|_| data != no_data());
+    let _callback = Callback::begin();
+    for tail in 1..order.pages() {
+        let data = match ops {
+            // SAFETY: The head has this data and is not freed meanwhile.
+            Some(ops) => unsafe { ops.clone_data(data) },
+            None => no_data(),
+        };
+        // SAFETY: The page was a tail, and is not freed meanwhile. `page_data` is locked.
+        unsafe { set_data(page.add(tail), data) };
+    }
 }
 
 /// What a page has in the place of data, if it has none. Null may be the number 0.
@@ -374,23 +441,24 @@ fn no_data() -> *mut c_void {
     (&raw const NO_DATA).cast_mut().cast()
 }
 
-/// Gives the data of `page` back to the driver, unless it has none.
+/// Gives the data of `page`, the first one of a folio of `order`, back to the driver, unless it has
+/// none.
 ///
 /// # Safety
 ///
-/// `page` belongs to a chunk of the pool with these `ops`, and nobody else accesses its data.
-unsafe fn free_data(page: *mut bindings::page, ops: &dyn Ops) {
+/// `page` belongs to a chunk of the pool with these `ops`, whose `page_data` is locked.
+unsafe fn free_data(page: *mut bindings::page, order: Order, ops: &dyn Ops) {
     // SAFETY: The page belongs to a chunk (see the # Safety section).
     let data = unsafe { data_of(page) };
     if data == no_data() {
         return;
     }
     // SAFETY: Nobody else accesses the data (see the # Safety section).
-    unsafe { bindings::folio_set_zone_device_data(page.cast(), no_data()) };
+    unsafe { set_data(page, no_data()) };
     let _callback = Callback::begin();
     // SAFETY: `Reservation::folio()` has set the data, from a `RawData` for a page of this pool.
     // The page does not use the data any more, since the pointer was cleared above.
-    unsafe { ops.page_freed(data) };
+    unsafe { ops.page_freed(data, order.pages()) };
 }
 
 impl Pool {
@@ -415,6 +483,7 @@ impl Pool {
         let slots = Slots::new(chunk_pages, max_chunks)?;
         let name = CString::try_from(name)?;
         let init = try_pin_init!(Self {
+            page_data <- new_spinlock!(Some(ops.ops.clone()), "hmm_page_data"),
             ops <- Revocable::new(ops),
             calls <- RwSem::new((), c"hmm_pool::calls", static_lock_class!()),
             lost: Atomic::new(false),
@@ -454,14 +523,16 @@ impl Pool {
         })
     }
 
-    /// Tells the driver that the pages with these `addresses` have migrated to system memory.
+    /// Tells the driver that the folios with these first pages, of `pages` pages each, have migrated
+    /// to system memory.
     ///
     /// # Safety
     ///
-    /// The pages belong to chunks of this pool, and are referenced.
+    /// The folios belong to chunks of this pool, and are referenced.
     pub(crate) unsafe fn migrated_to_ram(
         &self,
-        pages: impl Iterator<Item = *mut bindings::page>,
+        heads: impl Iterator<Item = *mut bindings::page>,
+        pages: usize,
         reason: MigrateReason,
     ) {
         // Otherwise the driver has got the data of the pages back.
@@ -469,10 +540,10 @@ impl Pool {
             return;
         };
         let _callback = Callback::begin();
-        for page in pages {
-            // SAFETY: The page is of this pool and is referenced (see the # Safety section), so its
+        for head in heads {
+            // SAFETY: The folio is of this pool and is referenced (see the # Safety section), so its
             // data is still there: `Pool::give_up()` waits for the guard.
-            unsafe { driver.ops.migrated_to_ram(data_of(page), reason) };
+            unsafe { driver.ops.migrated_to_ram(data_of(head), pages, reason) };
         }
     }
 
@@ -497,21 +568,29 @@ impl Pool {
         let Some(driver) = driver else { return };
         // This waits for the callbacks that do not sleep.
         this.ops.revoke();
-        // Nobody calls the driver any more, or sets data of pages.
+        // Nobody sets data of new pages any more.
         drop(calls);
         let chunks = this.chunks.lock();
         for chunk in chunks.iter() {
-            for pfn in chunk.first_pfn()..chunk.first_pfn() + this.chunk_pages {
-                // SAFETY: The chunk has a `struct page` for this pfn.
-                let page = unsafe { bindings::pfn_to_page(pfn) };
-                // SAFETY: The page belongs to a chunk. The ops are revoked, so nobody else accesses
-                // the data of pages. Nobody sets any, since that needs a `Driver`.
-                unsafe { free_data(page, &*driver.ops) };
+            let mut offset = 0;
+            while offset < this.chunk_pages {
+                let page_data = this.page_data.lock();
+                let order = this.slots.lock().folio_order(chunk.first + offset);
+                if let Some(ops) = &*page_data {
+                    // SAFETY: The chunk has a `struct page` for this pfn, which is not a tail.
+                    // `page_data` is locked.
+                    unsafe {
+                        let page = bindings::pfn_to_page(chunk.first_pfn() + offset);
+                        free_data(page, order, &**ops);
+                    }
+                }
+                offset += order.pages();
             }
         }
         drop(chunks);
-        // Not under a lock: this may be the last reference to what the driver implements.
-        drop(driver);
+        let ops = this.page_data.lock().take();
+        // Not under a lock: these may be the last references to what the driver implements.
+        drop((ops, driver));
         let mut slots = this.slots.lock();
         slots.orphan();
         let idle = slots.is_idle();
@@ -532,9 +611,16 @@ impl Pool {
         self.dma.as_ref()
     }
 
-    /// Whether a page can be allocated.
-    pub(crate) fn can_alloc(&self) -> bool {
-        self.slots.lock().can_alloc()
+    /// Whether a block of this order can be allocated.
+    pub(crate) fn can_alloc(&self, order: Order) -> bool {
+        self.slots.lock().can_alloc(order)
+    }
+
+    /// Allocates a block, and returns the pfn of its first page.
+    fn alloc(&self, order: Order) -> Option<usize> {
+        let mut slots = self.slots.lock();
+        let page = slots.alloc(order)?;
+        Some(slots.pfn(page))
     }
 
     /// Stops the allocation of pages and the addition of chunks.
@@ -551,9 +637,9 @@ impl Pool {
         *chunks = KVec::new();
     }
 
-    /// Fills `pfns` with the pfns of the oldest pages in use, makes these pages the youngest, and
-    /// returns how many there are.
-    pub(crate) fn rotate_oldest(&self, pfns: &mut [usize]) -> usize {
+    /// Fills `pfns` with the pfns of the oldest folios in use, makes these the youngest, and returns
+    /// how many there are, and their order, which is the same for all.
+    pub(crate) fn rotate_oldest(&self, pfns: &mut [usize]) -> (usize, Order) {
         self.slots.lock().rotate_oldest(pfns)
     }
 
@@ -654,14 +740,14 @@ impl Pool {
     }
 
     /// Adds a chunk, unless the pool has all its chunks or is closed. Returns whether the caller
-    /// should try to allocate pages again. Sleeps.
-    pub(crate) fn grow(this: &Arc<Self>) -> bool {
+    /// should try again to allocate a block of this order. Sleeps.
+    pub(crate) fn grow(this: &Arc<Self>, order: Order) -> bool {
         if this.slots.lock().next_chunk().is_none() {
             return false;
         }
         let mut chunks = this.chunks.lock();
         let slots = this.slots.lock();
-        if slots.can_alloc() {
+        if slots.can_alloc(order) {
             // Another task has added a chunk or freed pages.
             return true;
         }
@@ -769,30 +855,59 @@ impl<'a> Reservation<'a> {
         core::ptr::eq(&**self.pool, pool)
     }
 
-    /// Whether no page is left.
-    pub(crate) fn is_used_up(&self) -> bool {
-        self.left().is_empty()
-    }
-
-    /// Makes a folio with `data` from the next page, if one is left.
-    pub(crate) fn folio(&mut self, data: RawData) -> Option<NewFolio> {
-        let pfn = *self.left().first()?;
-        // INVARIANT: The page is no longer among those that are left.
-        self.used += 1;
-        // SAFETY: The page was allocated from the pool (see the type invariants), so its chunk has
-        // a `struct page` for it. The pool keeps the chunk while the page is allocated.
-        let page = unsafe { bindings::pfn_to_page(pfn) };
-        // SAFETY: The page belongs to a chunk of the pool, whose pagemap stays mapped while the
-        // page is allocated. Nobody has a reference to the page (see the type invariants).
-        unsafe {
-            bindings::zone_device_folio_init(page.cast(), bindings::page_pgmap(page), 0);
+    /// Makes a folio with `data` from the next page, if one is left. A large folio is made from a
+    /// free block of the pool, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// Those of `data`. It is not called if there is no room.
+    pub(crate) fn folio(
+        &mut self,
+        order: Order,
+        data: impl FnOnce() -> Result<RawData>,
+    ) -> Result<Option<NewFolio>> {
+        let pfn = match order.is_large() {
+            true => self.pool.alloc(order),
+            false => self.left().first().copied(),
         };
-        // SAFETY: The folio is device-private, and nobody else uses its data.
-        unsafe { bindings::folio_set_zone_device_data(page.cast(), data.into_raw()) };
-        // SAFETY: `zone_device_folio_init()` has made a locked folio of one page, with one
-        // reference, which is not mapped.
-        Some(unsafe { NewFolio::new(NonNull::new(page.cast())?) })
+        let Some(pfn) = pfn else {
+            return Ok(None);
+        };
+        let data = data().inspect_err(|_| {
+            if order.is_large() {
+                // SAFETY: The block was allocated just now.
+                let address = unsafe { address_of(bindings::pfn_to_page(pfn)) };
+                Pool::give_back(self.pool, core::iter::once(address));
+            }
+        })?;
+        if !order.is_large() {
+            // INVARIANT: The page is no longer among those that are left.
+            self.used += 1;
+        }
+        // SAFETY: The block was allocated just now, or the page before (see the type invariants).
+        Ok(Some(unsafe { new_folio(pfn, order, data) }))
     }
+}
+
+/// Makes a folio with `data` of a block that was allocated from a pool.
+///
+/// # Safety
+///
+/// The block was allocated, and nobody has a reference to its pages.
+unsafe fn new_folio(pfn: usize, order: Order, data: RawData) -> NewFolio {
+    // SAFETY: The block was allocated from a pool (see the # Safety section), so its chunk has a
+    // `struct page` for it. The pool keeps the chunk while the block is allocated.
+    let page = unsafe { bindings::pfn_to_page(pfn) };
+    // SAFETY: The page belongs to a chunk, whose pagemap stays mapped while the block is allocated.
+    // Nobody has a reference to the pages (see the # Safety section).
+    unsafe {
+        bindings::zone_device_folio_init(page.cast(), bindings::page_pgmap(page), order.get());
+    };
+    // SAFETY: The folio is device-private, and nobody else uses its data.
+    unsafe { set_data(page, data.into_raw()) };
+    // SAFETY: `zone_device_folio_init()` has made a locked folio of this order, with one reference,
+    // which is not mapped.
+    unsafe { NewFolio::new(NonNull::new_unchecked(page.cast()), order) }
 }
 
 impl Drop for Reservation<'_> {

@@ -6,6 +6,7 @@
 //! The core calls the driver by way of [`Ops`], in which the type of the page data is erased.
 
 use super::copy::CopyBatch;
+use core::mem::ManuallyDrop;
 use kernel::{
     prelude::*,
     sync::Arc,
@@ -21,11 +22,14 @@ use kernel::{
 /// `fork()`, the child may still map the page when the parent does not. So the data should not
 /// refer to an address or an mm.
 ///
+/// A large folio has one value for all its pages. If mm splits it, each page gets a clone. The
+/// clone is made with spinlocks held, so it must neither sleep nor allocate memory.
+///
 /// # Safety
 ///
 /// [`PageData::borrow`] and [`PageData::from_raw`] must return the value from which
 /// [`PageData::into_raw`] made the pointer.
-pub unsafe trait PageData: Send + 'static {
+pub unsafe trait PageData: Clone + Send + 'static {
     /// The data as the driver sees it while the page owns it.
     type Borrowed<'a>;
 
@@ -44,7 +48,8 @@ pub unsafe trait PageData: Send + 'static {
     ///
     /// # Safety
     ///
-    /// `raw` must come from [`PageData::into_raw`], and this must not be called twice for it.
+    /// `raw` must come from [`PageData::into_raw`], and this must not be called twice for it, unless
+    /// the value that it returns is not dropped.
     unsafe fn from_raw(raw: *mut c_void) -> Self;
 }
 
@@ -173,8 +178,8 @@ pub trait PoolOps: Send + Sync + 'static {
     /// Do not return [`ENOMEM`]: an eviction takes it for a lack of system memory, and ends.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
 
-    /// A page with this `data` has migrated to system memory. Its place in the device's memory will
-    /// be freed soon.
+    /// A folio of `pages` pages with this `data` has migrated to system memory. Its place in the
+    /// device's memory will be freed soon.
     ///
     /// # Context
     ///
@@ -182,12 +187,13 @@ pub trait PoolOps: Send + Sync + 'static {
     fn migrated_to_ram(
         &self,
         data: <Self::PageData as PageData>::Borrowed<'_>,
+        pages: usize,
         reason: MigrateReason,
     );
 
-    /// A page was freed. Gives the data of the page back to the driver, once for each page: also if
-    /// the page did not migrate in the end, and without a call of [`PoolOps::migrated_to_ram`] if
-    /// the process has unmapped it.
+    /// A folio of `pages` pages was freed. Gives its data back to the driver, once for each folio:
+    /// also if the folio did not migrate in the end, and without a call of
+    /// [`PoolOps::migrated_to_ram`] if the process has unmapped it.
     ///
     /// # Context
     ///
@@ -195,7 +201,7 @@ pub trait PoolOps: Send + Sync + 'static {
     /// if nobody holds that spinlock while allocating memory or accessing user memory, since both
     /// may free pages. Dropping `data` must not sleep; in particular it must not drop the last
     /// reference to an mm.
-    fn page_freed(&self, data: Self::PageData);
+    fn page_freed(&self, data: Self::PageData, pages: usize);
 }
 
 /// What a device that is made of software implements in addition, so that
@@ -230,13 +236,20 @@ pub(crate) trait Ops: Send + Sync {
     ///
     /// `data` must be the data of a page of a pool with these ops, and the page must not be freed
     /// meanwhile.
-    unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason);
+    unsafe fn migrated_to_ram(&self, data: *mut c_void, pages: usize, reason: MigrateReason);
+
+    /// Returns a copy of `data` for another page.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Ops::migrated_to_ram`].
+    unsafe fn clone_data(&self, data: *mut c_void) -> *mut c_void;
 
     /// # Safety
     ///
     /// `data` must have been the data of a page of a pool with these ops, and the page must not use
     /// it any more.
-    unsafe fn page_freed(&self, data: *mut c_void);
+    unsafe fn page_freed(&self, data: *mut c_void, pages: usize);
 }
 
 impl<T: PoolOps> Ops for T {
@@ -244,17 +257,25 @@ impl<T: PoolOps> Ops for T {
         PoolOps::copy(self, batch)
     }
 
-    unsafe fn migrated_to_ram(&self, data: *mut c_void, reason: MigrateReason) {
+    unsafe fn migrated_to_ram(&self, data: *mut c_void, pages: usize, reason: MigrateReason) {
         // SAFETY: The caller passes the data of a page of this pool, which comes from `into_raw()`
         // of this type (see the invariants of `RawData`). `from_raw()` is called only when the page
         // is freed, which does not happen meanwhile.
-        PoolOps::migrated_to_ram(self, unsafe { T::PageData::borrow(data) }, reason)
+        PoolOps::migrated_to_ram(self, unsafe { T::PageData::borrow(data) }, pages, reason)
     }
 
-    unsafe fn page_freed(&self, data: *mut c_void) {
+    unsafe fn clone_data(&self, data: *mut c_void) -> *mut c_void {
+        // SAFETY: The caller passes the data of a page of this pool, which comes from `into_raw()`
+        // of this type (see the invariants of `RawData`). It stays the data of that page: what
+        // `from_raw()` returns is not dropped.
+        let data = ManuallyDrop::new(unsafe { T::PageData::from_raw(data) });
+        T::PageData::clone(&data).into_raw()
+    }
+
+    unsafe fn page_freed(&self, data: *mut c_void, pages: usize) {
         // SAFETY: The caller passes the data of a page of this pool, which comes from `into_raw()`
         // of this type (see the invariants of `RawData`). The page does not use the data any more,
         // so this is the only call of `from_raw()` for it.
-        PoolOps::page_freed(self, unsafe { T::PageData::from_raw(data) })
+        PoolOps::page_freed(self, unsafe { T::PageData::from_raw(data) }, pages)
     }
 }

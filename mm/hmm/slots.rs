@@ -21,6 +21,16 @@ impl Order {
     /// The largest block: 2 MiB with 4 KiB pages.
     pub(crate) const MAX: Self = Self(9);
 
+    /// The order as a number.
+    pub(crate) const fn get(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// Whether a block of this order has more than one page.
+    pub(crate) const fn is_large(self) -> bool {
+        self.0 != 0
+    }
+
     /// The number of pages in a block of this order.
     pub(crate) const fn pages(self) -> usize {
         1 << self.0
@@ -205,9 +215,10 @@ impl Slots {
         self.free_pages == self.pages()
     }
 
-    /// Whether a page can be allocated.
-    pub(crate) fn can_alloc(&self) -> bool {
-        self.free_pages != 0 && !self.closed
+    /// Whether a block of this order can be allocated.
+    pub(crate) fn can_alloc(&self, order: Order) -> bool {
+        let is_free = |list: &List| list.first != NONE;
+        !self.closed && self.free.iter().skip(order.0.into()).any(is_free)
     }
 
     /// Adds the pages of a chunk.
@@ -310,12 +321,53 @@ impl Slots {
         Ok(())
     }
 
+    /// Splits the allocated block that starts at `page` into single pages. They take its place in
+    /// the order of eviction.
+    pub(crate) fn split(&mut self, page: usize) {
+        let Slot { state, prev, next } = *self.slot(page);
+        let (order, state) = match state {
+            SlotState::Used(order, node) => (order, SlotState::Used(Order::PAGE, node)),
+            SlotState::Taken(order) => (order, SlotState::Taken(Order::PAGE)),
+            SlotState::Tail | SlotState::Free(_) => return,
+        };
+        let last = page + order.pages() - 1;
+        for part in page..=last {
+            *self.slot_mut(part) = Slot {
+                state,
+                prev: part.wrapping_sub(1) as u32,
+                next: part as u32 + 1,
+            };
+        }
+        self.slot_mut(page).prev = prev;
+        self.slot_mut(last).next = next;
+        // Only blocks in use are on a list.
+        if let SlotState::Used(..) = state {
+            match self.page(next) {
+                Some(next) => self.slot_mut(next).prev = last as u32,
+                None => self.used.last = last as u32,
+            }
+        }
+    }
+
+    /// The order of the allocated block that starts at `page`. In free blocks, and in a chunk that
+    /// was not added since the allocator was closed meanwhile, each page counts by itself.
+    pub(crate) fn folio_order(&self, page: usize) -> Order {
+        if page >= self.pages() {
+            return Order::PAGE;
+        }
+        match self.slot(page).state {
+            SlotState::Taken(order) | SlotState::Used(order, _) => order,
+            SlotState::Tail | SlotState::Free(_) => Order::PAGE,
+        }
+    }
+
     /// Fills `pfns` with the pfns of the first pages of the oldest blocks in use, the oldest first.
     /// Rotates these blocks to the end of the list, so that a concurrent caller gets others.
-    /// Returns the number of pfns.
-    pub(crate) fn rotate_oldest(&mut self, pfns: &mut [usize]) -> usize {
+    /// Returns the number of pfns, and the order of their blocks, which is the same for all.
+    pub(crate) fn rotate_oldest(&mut self, pfns: &mut [usize]) -> (usize, Order) {
         let last = self.used.last;
         let mut count = 0;
+        let mut like = Order::PAGE;
         for pfn in pfns {
             let Some(page) = self.page(self.used.first) else {
                 break;
@@ -323,6 +375,11 @@ impl Slots {
             let SlotState::Used(order, node) = self.slot(page).state else {
                 break;
             };
+            if count == 0 {
+                like = order;
+            } else if order != like || order != Order::PAGE {
+                break;
+            }
             *pfn = self.pfn(page);
             count += 1;
             self.unlink(page);
@@ -331,7 +388,7 @@ impl Slots {
                 break;
             }
         }
-        count
+        (count, like)
     }
 
     /// The pfn of `page`. Panics if there is no such page.

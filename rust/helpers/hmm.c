@@ -145,6 +145,11 @@ __rust_helper int rust_helper_numa_mem_id(void)
 	return numa_mem_id();
 }
 
+__rust_helper void rust_helper_copy_page(void *to, void *from)
+{
+	copy_page(to, from);
+}
+
 __rust_helper void *rust_helper_page_address(const struct page *page)
 {
 	return page_address(page);
@@ -169,6 +174,34 @@ __rust_helper void rust_helper_folio_get(struct folio *folio)
 __rust_helper void rust_helper_folio_put(struct folio *folio)
 {
 	folio_put(folio);
+}
+
+__rust_helper bool rust_helper_folio_try_get(struct folio *folio)
+{
+	return folio_try_get(folio);
+}
+
+__rust_helper bool rust_helper_folio_trylock(struct folio *folio)
+{
+	return folio_trylock(folio);
+}
+
+__rust_helper unsigned long
+rust_helper_thp_vma_allowable_orders(struct vm_area_struct *vma,
+				     vm_flags_t vm_flags, enum tva_type type,
+				     unsigned long orders)
+{
+	return thp_vma_allowable_orders(vma, vm_flags, type, orders);
+}
+
+__rust_helper bool rust_helper_is_huge_zero_pfn(unsigned long pfn)
+{
+	return is_huge_zero_pfn(pfn);
+}
+
+__rust_helper int rust_helper_split_folio(struct folio *folio)
+{
+	return split_folio(folio);
 }
 
 __rust_helper bool rust_helper_folio_mapped(const struct folio *folio)

@@ -23,9 +23,14 @@ ICOUNT = ["-accel", "tcg", "-icount", "shift=0,sleep=off", "-cpu", "max,la57=off
 LIMITS = {                  # how many times the figure of the C driver
     "cold device read": 1.2,
     "warm device read": 1.2,
-    "to device": 1.5,
-    "to RAM": 1.5,
-    "CPU read-back": 1.5,
+    "to device": 1.2,
+    "to RAM": 1.2,
+    "CPU read-back": 1.2,
+    "cold device read, THP": 1.2,
+    "warm device read, THP": 1.2,
+    "to device, THP": 1.0,
+    "to RAM, THP": 1.0,
+    "CPU read-back, THP": 1.0,
 }
 WORSE = 1.03
 GPU = "/dev/dummy_gpu0"

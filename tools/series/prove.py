@@ -12,6 +12,7 @@ from kernel import KUNITCONFIG
 MUTANTS = os.path.join(HERE, "mutants")
 PLANTED = os.path.join(HERE, "planted.diff")
 MUTANT_TIMEOUT = 40
+HUGE = "hmm_large."     # the suite that UML does not have
 SPAN = 2
 # What no kernel is made of, and what none without Rust is.
 NO_KERNEL = ("Documentation", "MAINTAINERS", "tools/testing/selftests")
@@ -170,8 +171,13 @@ def verdict(kernels, test, image):
     return "is not run"
 
 
+def mutant_files(huge):
+    """Those whose tests need huge pages, or the others."""
+    return [f for f in sorted(glob.glob(MUTANTS + "/*.diff")) if huge == any(t.startswith(HUGE) for t in diff_of(f)[1])]
+
+
 def mutants(tally, base, head, kernels, worktree):
-    files = sorted(glob.glob(MUTANTS + "/*.diff"))
+    files = mutant_files(huge=False)
     named = sorted({t for f in files for t in diff_of(f)[1]})
     unbroken = []
     with tally.test("mutants: without one, all %d tests that they name pass" % len(named)):

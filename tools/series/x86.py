@@ -11,9 +11,10 @@ import time
 import debug
 import hmmtests
 import mmtests
+import prove
 from common import HERE, Failure, logfile, read, say, write
 from hmmtests import HMM_TESTS
-from kernel import DEMO, ON_PCI
+from kernel import DEMO, HUGE, ON_PCI
 
 OURS, MAINLINE, SAMPLE = "dummy_gpu", "test_hmm", "rust_driver_hmm"
 NODE = "/dev/hmm_dmirror0"
@@ -23,7 +24,8 @@ TIMEOUT = 900
 STAGE = 300                         # seconds for hmm-tests on one driver
 VRAM = ",vram_mb=320"               # benchmark_thp_migration migrates 256 MiB
 NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which would count in make bench
-ROUNDS = "DUMMY_GPU_ROUNDS=5"       # of dummy_gpu_life_test; the kernel hands it to init
+# Of dummy_gpu_life_test, and of each storm of dummy_gpu_large_test; the kernel hands them to init.
+ROUNDS, SECONDS = "DUMMY_GPU_ROUNDS=5", "DUMMY_GPU_SECONDS=" + (os.environ.get("SECONDS") or "3")
 # The controller has memory that other devices might reach.
 EDU = ["-device", "edu,dma_mask=0xffffffffffffffff", "-device", "nvme,serial=p2p,cmb_size_mb=64"]
 # The IOMMU comes first. With caching-mode, Linux would flush the IOTLB for every page that it maps.
@@ -251,6 +253,38 @@ def kunit(tally, kernels, kernel):
     say("    %d results" % len(results))
 
 
+def mutants(tally, base, head, kernels, worktree):
+    """Those whose tests need huge pages: one after the other."""
+    def results(test):
+        log = logfile("x86-mutant")
+        try:
+            boot(kernels, build(kernels), debug.nothing(kernels), "x86-mutant",
+                 extra=("kunit.enable=1", "kunit.filter_glob=" + test), timeout=TIMEOUT)
+        except Failure as e:
+            if e.status not in (124, 125):      # the kernel went down, or hung
+                raise
+            return {test: "FAIL"} if prove.was_running(read(log), test.split(".")[0]) else {}
+        return dict(debug.kunit_results(kernels, read(log)))
+
+    files = prove.sample(prove.mutant_files(huge=True), head)
+    named = sorted({t for f in files for t in prove.diff_of(f)[1]})
+    passed = {}
+    with tally.test("x86: without a mutant, all %d tests that they name pass" % len(named)):
+        worktree(base, "src", head)
+        passed = results(prove.HUGE + "*") if named else {}
+        missing = [t for t in named if passed.get(t) != "PASS"]
+        if missing:
+            raise Failure("these do not pass: " + " ".join(missing), logfile("x86-mutant"))
+    for path in files if passed else ():
+        with tally.test("x86: mutant: " + os.path.basename(path)[:-5]):
+            prove.apply(worktree(base, "src", head), path)
+            for test in prove.diff_of(path)[1]:
+                got = results(test).get(test, "is not run")
+                if got not in ("FAIL", "ERROR"):
+                    raise Failure("%s: %s, it should fail" % (test, got), logfile("x86-mutant"))
+    worktree(base, "src", head)
+
+
 def mm_boot(kernels, kernel, program, args, log, f):
     """A boot for mainline's mm tests."""
     status = boot(kernels, kernel, program, log, args, out=f, err=f, extra=("kunit.enable=0", "numa=fake=2"),
@@ -267,7 +301,7 @@ def x86(tally, kernels):
         return
     with tally.test("x86: the programs build"):
         directory, names = kernels.programs()
-        names = [n for n in names if checkers() or n not in NO_INJECTION]
+        names = [n for n in names + list(HUGE) if checkers() or n not in NO_INJECTION]
         tests = hmmtests.build(kernels)
     kunit(tally, kernels, kernel)
     if not directory:
@@ -281,7 +315,7 @@ def x86(tally, kernels):
         kernels.selftest(
             tally, "x86", name, prefix=prefix(), look=quiet,
             boot=lambda log, f: boot(kernels, kernel, os.path.join(directory, name), log, out=f, err=f,
-                                     extra=("kunit.enable=0", "numa=fake=2", ROUNDS), timeout=TIMEOUT))
+                                     extra=("kunit.enable=0", "numa=fake=2", ROUNDS, SECONDS), timeout=TIMEOUT))
     for tier, devices in DEVICES.items():
         for name in ON_PCI:
             kernels.selftest(

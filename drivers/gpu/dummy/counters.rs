@@ -50,6 +50,8 @@ pub(crate) enum Counter {
     PagesMapped,
     /// Pages that migrated to the GPU's memory.
     PagesToDevice,
+    /// Those of them that migrated as a part of a large folio.
+    LargeToDevice,
     /// Pages that migrated back to system memory because of a fault by the CPU or another device,
     /// on the page or near it.
     PagesCpuFaulted,
@@ -57,6 +59,8 @@ pub(crate) enum Counter {
     PagesEvicted,
     /// Pages that the driver migrated back to system memory for a prefetch or a policy.
     PagesToSystem,
+    /// Those of the pages that came back, in one of these ways, as a part of a large folio.
+    LargeToSystem,
     /// Pages of the GPU's memory that are in use now.
     DevicePages,
 }
@@ -65,7 +69,7 @@ pub(crate) enum Counter {
 pub(crate) const COUNTERS: usize = NAMES.len();
 
 /// The names of the counters, in the order of [`Counter`].
-pub(crate) const NAMES: [&str; 21] = [
+pub(crate) const NAMES: [&str; 23] = [
     "commands",
     "bytes_read",
     "bytes_written",
@@ -83,9 +87,11 @@ pub(crate) const NAMES: [&str; 21] = [
     "retries",
     "pages_mapped",
     "pages_to_device",
+    "large_to_device",
     "pages_cpu_faulted",
     "pages_evicted",
     "pages_to_system",
+    "large_to_system",
     "device_pages",
 ];
 

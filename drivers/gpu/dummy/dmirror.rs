@@ -3,7 +3,7 @@
 //! Device nodes with the ioctls of the HMM test driver, `lib/test_hmm.c`.
 //!
 //! `tools/testing/selftests/mm/hmm-tests` is written for that driver. With these nodes its tests
-//! run on the Rust crate `hmm`, except those that need coherent device memory or large folios.
+//! run on the Rust crate `hmm`, except those that need coherent device memory.
 //!
 //! `/dev/hmm_dmirrorN` is a second node of instance N. Like `uapi.rs` for the GPU's own node, this
 //! file checks what user space passes, and accesses and migrates the memory of the process only
@@ -244,30 +244,31 @@ fn bounce(range: PageRange) -> Result<KVVec<u8>> {
     Ok(KVVec::with_capacity(range.len(), GFP_KERNEL_ACCOUNT)?)
 }
 
-/// Iterates over the pages of `range`: the address of each, and the part of `bytes` for it.
+/// Iterates over the pages of `range` for which there are `bytes`: the address of each, and its part
+/// of them.
 fn pages(range: PageRange, bytes: &mut [u8]) -> impl Iterator<Item = (usize, &mut [u8])> {
     (range.start()..range.end())
         .step_by(PAGE_SIZE)
         .zip(bytes.chunks_exact_mut(PAGE_SIZE))
 }
 
-/// Calls `access_page` for each page of `range`. If it misses, faults the rest of the range for
-/// `access` and calls it again for the same page.
+/// Calls `access_page` for the pages of `range` for which there are `bytes`. If it misses, faults the
+/// rest of the range for `access` and calls it again for the same page.
 fn access(
     svm: &Svm,
     range: PageRange,
     bytes: &mut [u8],
     access: Access,
+    bufs: &mut FaultBuffers,
     access_page: impl Fn(usize, &mut [u8]) -> Result<(), Miss>,
 ) -> Result<Done> {
-    let mut bufs = FaultBuffers::new()?;
     let mut retry_limit = RetryLimit::new(Instant::now());
     let mut done = Done::default();
 
     for (va, page) in pages(range, bytes) {
         while access_page(va, page).is_err() {
             let next = PageRange::new(va, range.end())?;
-            retry_limit.service(done.pages as u64, || svm.fault_in(next, access, &mut bufs))?;
+            retry_limit.service(done.pages as u64, || svm.fault_in(next, access, bufs))?;
             done.faults += 1;
         }
         done.pages += 1;
@@ -275,42 +276,64 @@ fn access(
     Ok(done)
 }
 
-fn read(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
-    let mut bytes = bounce(range)?;
-    bytes.resize(range.len(), 0, GFP_KERNEL_ACCOUNT)?;
-    let done = access(svm, range, &mut bytes, Access::Read, |va, page| {
-        (&mut &*svm).read(va, page)
-    })?;
+/// Copies the bytes of `range` to user memory, up to 2 MiB at a time. Calls `read` with what is left
+/// of the range, and a buffer for its first bytes.
+fn copy_out(
+    range: PageRange,
+    ptr: UserPtr,
+    mut read: impl FnMut(PageRange, &mut [u8]) -> Result<Done>,
+) -> Result<Done> {
+    let mut bytes = KVVec::from_elem(0, range.len().min(TABLE_SIZE), GFP_KERNEL_ACCOUNT)?;
+    let mut writer = UserSlice::new(ptr, range.len()).writer();
+    let mut total = Done::default();
+    let mut va = range.start();
 
-    UserSlice::new(ptr, bytes.len())
-        .writer()
-        .write_slice(&bytes)?;
-    Ok(done)
+    while va < range.end() {
+        let end = range.end().min(va / TABLE_SIZE * TABLE_SIZE + TABLE_SIZE);
+        let bytes = &mut bytes[..end - va];
+        let done = read(PageRange::new(va, range.end())?, bytes)?;
+        writer.write_slice(bytes)?;
+        total.pages += done.pages;
+        total.faults += done.faults;
+        va = end;
+    }
+    Ok(total)
+}
+
+fn read(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
+    let mut bufs = FaultBuffers::new()?;
+
+    copy_out(range, ptr, |rest, bytes| {
+        access(svm, rest, bytes, Access::Read, &mut bufs, |va, page| {
+            (&mut &*svm).read(va, page)
+        })
+    })
 }
 
 fn write(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
     let mut bytes = bounce(range)?;
+    let mut bufs = FaultBuffers::new()?;
     UserSlice::new(ptr, range.len()).read_all(&mut bytes, GFP_KERNEL_ACCOUNT)?;
 
-    access(svm, range, &mut bytes, Access::Write, |va, page| {
-        (&mut &*svm).write(va, page)
-    })
+    access(
+        svm,
+        range,
+        &mut bytes,
+        Access::Write,
+        &mut bufs,
+        |va, page| (&mut &*svm).write(va, page),
+    )
 }
 
 /// Reads `range` through the GPU's page table, without faulting, and copies the bytes to user
 /// memory. Fails with [`ENOENT`] if the GPU may not access a page of it.
-fn read_back(svm: &Svm, range: PageRange, mut bytes: KVVec<u8>, ptr: UserPtr) -> Result<Done> {
-    bytes.resize(range.len(), 0, GFP_KERNEL_ACCOUNT)?;
-    for (va, page) in pages(range, &mut bytes) {
-        (&mut &*svm).read(va, page).map_err(|_| ENOENT)?;
-    }
-
-    UserSlice::new(ptr, bytes.len())
-        .writer()
-        .write_slice(&bytes)?;
-    Ok(Done {
-        pages: range.len() / PAGE_SIZE,
-        faults: 0,
+fn read_back(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
+    copy_out(range, ptr, |rest, bytes| {
+        svm.read_mapped(rest.start(), bytes)?;
+        Ok(Done {
+            pages: bytes.len() / PAGE_SIZE,
+            faults: 0,
+        })
     })
 }
 
@@ -330,10 +353,13 @@ fn look(
         if current!().signal_pending() {
             return Err(EINTR);
         }
-        let end = range.end().min((va / TABLE_SIZE + 1) * TABLE_SIZE);
+        // All of the block, so that a page of it can be part of a large one.
+        let block = PageRange::from_len(va / TABLE_SIZE * TABLE_SIZE, TABLE_SIZE)?;
+        let end = range.end().min(block.end());
         let seen = &mut seen[..(end - va) / PAGE_SIZE];
-        let result = svm.snapshot(PageRange::new(va, end)?, bufs, |commit| {
-            for ((_, entry), seen) in commit.entries().zip(&mut *seen) {
+        let result = svm.snapshot(block, bufs, |commit| {
+            let entries = commit.entries().filter(|(at, _)| *at >= va);
+            for ((_, entry), seen) in entries.zip(&mut *seen) {
                 *seen = protection(&entry);
             }
         });
@@ -396,7 +422,6 @@ fn check_readable(svm: &Svm, range: PageRange, bufs: &mut FaultBuffers) -> Resul
 }
 
 fn migrate_to_device(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
-    let bytes = bounce(range)?;
     let mut bufs = FaultBuffers::new()?;
 
     check_readable(svm, range, &mut bufs)?;
@@ -405,7 +430,7 @@ fn migrate_to_device(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> 
     while va < range.end() {
         va = svm.map_device_pages(PageRange::new(va, range.end())?, &mut bufs)?;
     }
-    read_back(svm, range, bytes, ptr)
+    read_back(svm, range, ptr)
 }
 
 fn migrate_to_system(svm: &Svm, range: PageRange, _ptr: UserPtr) -> Result<Done> {
@@ -421,13 +446,12 @@ fn migrate_to_system(svm: &Svm, range: PageRange, _ptr: UserPtr) -> Result<Done>
 }
 
 fn exclusive(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
-    let bytes = bounce(range)?;
     let mut bufs = FaultBuffers::new()?;
 
     for va in (range.start()..range.end()).step_by(PAGE_SIZE) {
         svm.make_exclusive(va, &mut bufs)?;
     }
-    read_back(svm, range, bytes, ptr)
+    read_back(svm, range, ptr)
 }
 
 fn flags(svm: &Svm, flags: u64) -> Result<Done> {

@@ -5,6 +5,7 @@
 
 use super::counters::FileStats;
 use hmm::{
+    Access,
     Mirror,
     MirrorOps,
     MirroredMm,
@@ -14,12 +15,6 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
-
-/// Replaces `hmm::Holes`, which needs `CONFIG_RUST_HMM_DEVICE` too.
-pub(crate) enum Holes {
-    Keep,
-    Populate,
-}
 
 /// An empty buffer, since nothing migrates.
 pub(crate) struct MoveBuf;
@@ -75,7 +70,18 @@ impl Vram {
         &self,
         _mm: &MirroredMm<'_>,
         _range: PageRange,
-        _holes: Holes,
+        _buf: &mut MoveBuf,
+        _account: &Arc<FileStats>,
+    ) -> Result<Migrated> {
+        match *self {}
+    }
+
+    pub(crate) fn migrate_for(
+        &self,
+        _mm: &MirroredMm<'_>,
+        _need: PageRange,
+        _access: Access,
+        _like: PageRange,
         _buf: &mut MoveBuf,
         _account: &Arc<FileStats>,
     ) -> Result<Migrated> {

@@ -36,7 +36,6 @@ use super::{
     power::Power,
     tlb::Tlb,
     vram::{
-        Holes,
         MoveBuf,
         Vram, //
     }, //
@@ -62,6 +61,7 @@ use kernel::{
     module::this_module,
     new_mutex,
     new_spinlock,
+    page::PAGE_SIZE,
     prelude::*,
     sync::{
         Arc,
@@ -95,14 +95,18 @@ impl Drop for TableStats {
 }
 
 impl Translations {
-    /// Checks whether the GPU may access the page that contains `va` with `access`. Returns the
-    /// [`Miss`] if not.
-    fn check(&self, va: usize, access: Access) -> Result<(), Miss> {
-        if self.mmu.lock().lookup(va, access) {
-            Ok(())
-        } else {
-            Err(Miss { va, access })
+    /// Checks whether the GPU may access the `len` bytes at `va` with `access`. Returns the [`Miss`]
+    /// at the first page if not.
+    fn check(&self, va: usize, len: usize, access: Access) -> Result<(), Miss> {
+        let mmu = self.mmu.lock();
+
+        for page in (va / PAGE_SIZE * PAGE_SIZE..va + len).step_by(PAGE_SIZE) {
+            if !mmu.lookup(page, access) {
+                let va = page.max(va);
+                return Err(Miss { va, access });
+            }
         }
+        Ok(())
     }
 
     /// Maps pages of `commit` for the GPU: the pages that the fault needed, and those around them
@@ -312,9 +316,7 @@ impl Svm {
             let busy = self.power.busy();
             let moved = match location {
                 _ if current!().signal_pending() || busy.is_err() => Err(EINTR),
-                Location::Device => {
-                    vram.migrate_in(&mm, rest, Holes::Populate, &mut buf, self.stats())
-                }
+                Location::Device => vram.migrate_in(&mm, rest, &mut buf, self.stats()),
                 Location::System => vram.migrate_out(&mm, rest, &mut buf),
             };
             match moved {
@@ -360,11 +362,7 @@ impl Svm {
             Policy::System => (need, vram.migrate_out(mm, need, buf)),
             Policy::Device => {
                 let need = vram.fault_limit(need)?;
-                let holes = match access {
-                    Access::Read => Holes::Keep,
-                    Access::Write => Holes::Populate,
-                };
-                let moved = vram.migrate_in(mm, need, holes, buf, self.stats());
+                let moved = vram.migrate_for(mm, need, access, like, buf, self.stats());
                 (need, moved)
             }
         };
@@ -466,13 +464,12 @@ impl Svm {
         self.mirror.mm()?.fault(request, &mut bufs.faults, f)
     }
 
-    /// Maps one window at the start of `range`, all pages of which must be in the GPU's memory.
-    /// Returns the end of the window.
+    /// Maps those pages of one window at the start of `range` that are in the GPU's memory. Returns
+    /// the end of the window.
     ///
     /// # Errors
     ///
-    /// [`ENOENT`] if a page of the window is not in the GPU's memory; otherwise as for
-    /// [`Svm::snapshot`].
+    /// Those of [`Svm::snapshot`].
     pub(crate) fn map_device_pages(
         &self,
         range: PageRange,
@@ -481,14 +478,24 @@ impl Svm {
         let spare = SpareTable::new()?;
 
         self.snapshot(range, bufs, |commit| {
-            let mut entries = commit.entries();
-            if !entries.all(|(_, entry)| matches!(entry, Entry::Device(_))) {
-                return Err(ENOENT);
-            }
             self.translations
                 .map(commit, spare, (range, Policy::Device));
-            Ok(commit.range().end())
-        })?
+            commit.range().end()
+        })
+    }
+
+    /// Copies the bytes at `va` to `bytes`, without faulting.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOENT`] if the GPU may not access a page of it.
+    pub(crate) fn read_mapped(&self, va: usize, bytes: &mut [u8]) -> Result {
+        let copied = self
+            .translations
+            .check(va, bytes.len(), Access::Read)
+            .and_then(|()| self.mirror.read(va, bytes));
+
+        copied.map_err(|_| ENOENT)
     }
 
     /// Makes the page of `va` exclusive to the GPU and maps it for atomic operations.
@@ -525,14 +532,14 @@ impl Svm {
 
 impl Memory for &Svm {
     fn read(&mut self, va: usize, buf: &mut [u8]) -> Result<(), Miss> {
-        self.translations.check(va, Access::Read)?;
+        self.translations.check(va, buf.len(), Access::Read)?;
         self.mirror.read(va, buf)?;
         self.stats().add(Counter::BytesRead, buf.len());
         Ok(())
     }
 
     fn write(&mut self, va: usize, buf: &[u8]) -> Result<(), Miss> {
-        self.translations.check(va, Access::Write)?;
+        self.translations.check(va, buf.len(), Access::Write)?;
         self.mirror.write(va, buf)?;
         self.stats().add(Counter::BytesWritten, buf.len());
         Ok(())

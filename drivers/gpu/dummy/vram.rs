@@ -11,18 +11,22 @@
 //! `hmm` decides who may access which page, and when. The `zone_device_data` of a page in use
 //! points to the statistics of the file that migrated the page.
 
-use super::counters::{
-    Counter,
-    FileStats, //
+use super::{
+    counters::{
+        Counter,
+        FileStats, //
+    },
+    mmu::TABLE_SIZE, //
 };
 use core::ops::Range;
-pub(crate) use hmm::Holes;
 use hmm::{
+    Access,
     CopyBatch,
     CopyOp,
     CpuAccess,
     DevicePool,
     Engine,
+    Holes,
     MigrateBuf,
     MigrateReason,
     Migrated,
@@ -74,6 +78,10 @@ static_assert!(BLOCK_SIZE % PAGE_SIZE == 0);
 /// How often an eviction of all pages is tried again, with 10 ms in between.
 const EVICTION_RETRIES: usize = 50;
 
+/// More than one operand of a command must fit into the memory at the same time: each has this part
+/// of it.
+const OPERANDS: usize = 8;
+
 /// The buffer for migrating pages, one window at a time.
 pub(crate) type MoveBuf = MigrateBuf;
 
@@ -119,14 +127,13 @@ impl Vram {
         Mirror::new_with_pool(this_module::<crate::LocalModule>(), ops, &self.pool)
     }
 
-    /// Limits `range`, from its start, to an eighth of the memory: more than one operand of a
-    /// command must fit at the same time.
+    /// Limits `range`, from its start, to the share of an operand.
     pub(crate) fn fault_limit(&self, range: PageRange) -> Result<PageRange> {
-        PageRange::from_len(range.start(), range.len().min(self.size / 8))
+        PageRange::from_len(range.start(), range.len().min(self.size / OPERANDS))
     }
 
     /// Migrates those pages of `range` that can migrate to this memory, and counts them in `stats`.
-    /// `holes` says what happens to pages that the process has not touched yet.
+    /// Populates pages that the process has not touched yet.
     ///
     /// # Errors
     ///
@@ -135,20 +142,58 @@ impl Vram {
         &self,
         mm: &MirroredMm<'_>,
         range: PageRange,
+        buf: &mut MoveBuf,
+        stats: &Arc<FileStats>,
+    ) -> Result<Migrated> {
+        self.migrate_exactly(mm, range, Holes::Populate, buf, stats)
+    }
+
+    fn migrate_exactly(
+        &self,
+        mm: &MirroredMm<'_>,
+        range: PageRange,
         holes: Holes,
         buf: &mut MoveBuf,
         stats: &Arc<FileStats>,
     ) -> Result<Migrated> {
-        let moved = mm.migrate_to_device(&self.pool, range, holes, buf, || {
-            if stats.fails() {
-                return Err(ENOMEM);
-            }
-            // `page_freed()` subtracts the page, also if it does not migrate in the end.
-            stats.add(Counter::DevicePages, 1);
-            Ok(stats.clone())
-        })?;
+        let data = |pages| page_data(stats, pages);
+        let moved = mm.migrate_to_device(&self.pool, range, holes, buf, data)?;
 
         stats.add(Counter::PagesToDevice, moved.pages());
+        stats.add(Counter::LargeToDevice, moved.large_pages());
+        Ok(moved)
+    }
+
+    /// Migrates the pages of `need` to this memory before an access by the GPU, and counts them in
+    /// `stats`. Large folios migrate whole, if they lie in `like`, the range with the same policy,
+    /// and are not too large for this memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MirroredMm::migrate_for_access`].
+    pub(crate) fn migrate_for(
+        &self,
+        mm: &MirroredMm<'_>,
+        need: PageRange,
+        access: Access,
+        like: PageRange,
+        buf: &mut MoveBuf,
+        stats: &Arc<FileStats>,
+    ) -> Result<Migrated> {
+        let start = need.start() / TABLE_SIZE * TABLE_SIZE;
+        let is_like = like.start() <= start && start + TABLE_SIZE <= like.end();
+        if !is_like || TABLE_SIZE > self.size / OPERANDS {
+            let holes = match access {
+                Access::Read => Holes::Keep,
+                Access::Write => Holes::Populate,
+            };
+            return self.migrate_exactly(mm, need, holes, buf, stats);
+        }
+        let data = |pages| page_data(stats, pages);
+        let moved = mm.migrate_for_access(&self.pool, need, access, buf, data)?;
+
+        stats.add(Counter::PagesToDevice, moved.pages());
+        stats.add(Counter::LargeToDevice, moved.large_pages());
         Ok(moved)
     }
 
@@ -195,6 +240,16 @@ impl Vram {
         }
         result
     }
+}
+
+/// What a page of a process is given for its place in GPU memory: the statistics of the file.
+fn page_data(stats: &Arc<FileStats>, pages: usize) -> Result<Arc<FileStats>> {
+    if stats.fails() {
+        return Err(ENOMEM);
+    }
+    // `page_freed()` subtracts the pages, also if they do not migrate in the end.
+    stats.add(Counter::DevicePages, pages);
+    Ok(stats.clone())
 }
 
 /// The bytes of the memory, in blocks.
@@ -264,9 +319,11 @@ impl PoolOps for VramBuf {
             }
             match op {
                 CopyOp::ToDevice { from, to } => {
+                    let mut read = Ok(());
                     self.for_each_page(to.start(), to.len(), |bytes, part| {
-                        bytes.copy_from_slice(&from.bytes()[part])
-                    })?
+                        read = read.and_then(|()| from.read(part.start, bytes));
+                    })?;
+                    read?;
                 }
                 CopyOp::ToRam { from, mut to } => {
                     let mut written = Ok(());
@@ -283,17 +340,25 @@ impl PoolOps for VramBuf {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, stats: ArcBorrow<'_, FileStats>, reason: MigrateReason) {
+    fn migrated_to_ram(
+        &self,
+        stats: ArcBorrow<'_, FileStats>,
+        pages: usize,
+        reason: MigrateReason,
+    ) {
         let counter = match reason {
             MigrateReason::CpuFault => Counter::PagesCpuFaulted,
             MigrateReason::Evict => Counter::PagesEvicted,
             MigrateReason::Request => Counter::PagesToSystem,
         };
-        stats.add(counter, 1);
+        stats.add(counter, pages);
+        if pages > 1 {
+            stats.add(Counter::LargeToSystem, pages);
+        }
     }
 
-    fn page_freed(&self, stats: Arc<FileStats>) {
-        stats.sub(Counter::DevicePages, 1);
+    fn page_freed(&self, stats: Arc<FileStats>, pages: usize) {
+        stats.sub(Counter::DevicePages, pages);
     }
 }
 

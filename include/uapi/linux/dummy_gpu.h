@@ -305,6 +305,8 @@ struct dummy_gpu_wait {
  *           invalidation collided with the fault
  * @pages_mapped: Output: pages that are in the device's page table now
  * @pages_to_device: Output: pages that migrated to the device's memory
+ * @large_to_device: Output: those of them that migrated as a part of a large
+ *                   folio (a transparent huge page)
  * @pages_cpu_faulted: Output: pages that migrated back to system memory because
  *                     a CPU or another device touched them or a page near them,
  *                     or because the device must write to a page that is
@@ -313,6 +315,8 @@ struct dummy_gpu_wait {
  *                 room or because the device's memory was to be emptied
  * @pages_to_system: Output: pages that migrated back to system memory because
  *                   of PREFETCH or of the policy of their range
+ * @large_to_system: Output: those of the pages that migrated back, in one of
+ *                   these ways, as a part of a large folio
  * @device_pages: Output: pages that are in the device's memory now
  *
  * Get the counters of this open file. All of them are 0 at open().
@@ -341,9 +345,11 @@ struct dummy_gpu_stats {
 	__u64 retries;
 	__u64 pages_mapped;
 	__u64 pages_to_device;
+	__u64 large_to_device;
 	__u64 pages_cpu_faulted;
 	__u64 pages_evicted;
 	__u64 pages_to_system;
+	__u64 large_to_system;
 	__u64 device_pages;
 };
 

@@ -528,7 +528,7 @@ mod tests {
             let mm = mirror.mm()?;
             let last = PageRange::new(page(range, 1)?.start(), range.end())?;
             let mut buf = MigrateBuf::new(PAGES.ilog2())?;
-            let moved = mm.migrate_to_device(&pool, last, Holes::Keep, &mut buf, || Ok(1))?;
+            let moved = mm.migrate_to_device(&pool, last, Holes::Keep, &mut buf, |_| Ok(1))?;
             assert_eq!(moved.pages(), PAGES - 1);
 
             let mut buf = FaultBuf::new(PAGES.ilog2())?;

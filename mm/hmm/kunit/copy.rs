@@ -108,9 +108,9 @@ impl PoolOps for Copier {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
+    fn migrated_to_ram(&self, _data: u64, _pages: usize, _reason: MigrateReason) {}
 
-    fn page_freed(&self, _data: u64) {}
+    fn page_freed(&self, _data: u64, _pages: usize) {}
 }
 
 struct Setup {
@@ -145,7 +145,7 @@ impl Setup {
         let moved =
             mirror
                 .mm()?
-                .migrate_to_device(&self.pool, range, Holes::Populate, &mut buf, || Ok(1))?;
+                .migrate_to_device(&self.pool, range, Holes::Populate, &mut buf, |_| Ok(1))?;
         Ok(moved.pages())
     }
 

@@ -96,6 +96,8 @@ impl Tally for Arc<Counted> {
 pub(super) struct TestDevice<D> {
     #[pin]
     memory: SpinLock<KVVec<u8>>,
+    /// The number of operations.
+    pub(super) ops: Atomic<usize>,
     /// The largest batch that is copied, in pages. A larger batch fails after that many pages.
     pub(super) most: Atomic<usize>,
     /// The error that such a copy returns.
@@ -130,6 +132,7 @@ impl<D: Tally> TestDevice<D> {
         let device = Arc::pin_init(
             pin_init!(Self {
                 memory <- new_spinlock!(memory),
+                ops: Atomic::new(0),
                 most: Atomic::new(usize::MAX),
                 says: Atomic::new(EIO.to_errno()),
                 bad: Atomic::new(usize::MAX),
@@ -167,6 +170,7 @@ impl<D: Tally> PoolOps for TestDevice<D> {
         let mut left = self.most.load(Relaxed);
         let mut memory = self.memory.lock();
         for op in batch {
+            self.ops.add(1, Relaxed);
             let range = match &op {
                 CopyOp::ToDevice { to, .. } | CopyOp::Zero { to } => *to,
                 CopyOp::ToRam { from, .. } => *from,
@@ -198,14 +202,14 @@ impl<D: Tally> PoolOps for TestDevice<D> {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, data: D::Borrowed<'_>, reason: MigrateReason) {
+    fn migrated_to_ram(&self, data: D::Borrowed<'_>, pages: usize, reason: MigrateReason) {
         if D::value(&data) != 0 {
-            self.home[reason as usize].add(1, Relaxed);
+            self.home[reason as usize].add(pages as u64, Relaxed);
         }
     }
 
-    fn page_freed(&self, data: D) {
-        self.freed.add(1, Relaxed);
+    fn page_freed(&self, data: D, pages: usize) {
+        self.freed.add(pages as u64, Relaxed);
         self.sum.add(D::own(data), Relaxed);
     }
 }

@@ -81,7 +81,7 @@ impl Setup {
     fn migrate(&self, range: PageRange) -> Result<usize> {
         let mut buf = MigrateBuf::new(PAGES.ilog2())?;
         let mm = self.mirror.mm()?;
-        mm.migrate_to_device(&self.pool, range, Holes::Populate, &mut buf, || Ok(1))
+        mm.migrate_to_device(&self.pool, range, Holes::Populate, &mut buf, |_| Ok(1))
             .map(|migrated| migrated.pages())
     }
 
@@ -246,7 +246,7 @@ mod tests {
             let mut buf = MigrateBuf::new(PAGES.ilog2())?;
             mirror
                 .mm()?
-                .migrate_to_device(&pool, all, Holes::Populate, &mut buf, || Ok(0))?;
+                .migrate_to_device(&pool, all, Holes::Populate, &mut buf, |_| Ok(0))?;
             let first = page(all, 0)?;
             mm.munmap(first.start(), first.len())?;
             assert_eq!(device.freed.load(Relaxed), 1);
@@ -264,7 +264,7 @@ mod tests {
             let mirror = Mirror::new_with_pool(&MODULE, Recorder::new()?, &pool)?;
             let all = map_aligned(mm, PAGES, Prot::ReadWrite)?;
             let mut buf = MigrateBuf::new(PAGES.ilog2())?;
-            let data = || {
+            let data = |_| {
                 let dropped = dropped.clone();
                 Ok(Arc::new(Counted { value: 1, dropped }, GFP_NOWAIT)?)
             };

@@ -34,7 +34,10 @@ use super::{
         },
         range::PageRange,
         region::Cause,
-        slots::Node, //
+        slots::{
+            Node,
+            Order, //
+        }, //
     },
     device::{
         reserve,
@@ -116,7 +119,7 @@ impl Setup {
         } = self;
         let migrated = mirror
             .mm()?
-            .migrate_to_device(pool, range, holes, buf, || Ok(1));
+            .migrate_to_device(pool, range, holes, buf, |_| Ok(1));
         migrated.map(|migrated| migrated.pages())
     }
 
@@ -217,7 +220,7 @@ fn fill(mm: &UserMm, setup: &mut Setup) -> Result<PageRange> {
 }
 
 /// Page data for the pool of a [`Setup`].
-fn number() -> Result<RawData> {
+fn number(_pages: usize) -> Result<RawData> {
     // SAFETY: The page data of `TestDevice<u64>` is a `u64`.
     Ok(unsafe { RawData::new(5u64) })
 }
@@ -402,7 +405,7 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             mirror
                 .mm()?
-                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
+                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, |_| Ok(1))?;
             device.most.store(0, Relaxed);
             let repaired = device.clone();
             system_dfl().try_spawn(GFP_KERNEL, move || {
@@ -613,16 +616,17 @@ mod tests {
             let mut reservation = reserve_pages(pool, &mut few, 2)?;
             let mut buf = MigrateBuf::new(ORDER)?;
             let mut asked = 0;
-            let mut data = || {
+            let mut data = |_| {
                 asked += 1;
-                number()
+                number(1)
             };
 
             let guard = mm.mm().mmap_read_lock();
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
-            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            let collected =
+                unsafe { Collected::<ToDevice>::at(pool, vma, window, Order::PAGE, arrays) }?;
             // The reservation has two pages, and two more are free in the pool.
             let (copied, short) = collected.copy(&mut reservation, Holes::Keep, &mut data)?;
             let moved = copied.commit().pages();
@@ -650,7 +654,8 @@ mod tests {
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
-            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            let collected =
+                unsafe { Collected::<ToDevice>::at(pool, vma, window, Order::PAGE, arrays) }?;
             let (copied, _) = collected.copy(&mut reservation, Holes::Keep, &mut number)?;
             pool.set_lost();
             assert_eq!(copied.commit().pages(), 0);
@@ -689,7 +694,7 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             setup.migrate_in(window)?;
             let mut pfns = [0];
-            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), 1);
+            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), (1, Order::PAGE));
             // The device page of the first page of the window.
             // SAFETY: The pfn is of a page of the pool, which has a struct page.
             let page = unsafe { bindings::pfn_to_page(pfns[0]) } as usize;
@@ -748,7 +753,7 @@ mod tests {
             let spare = data()?;
             mirror
                 .mm()?
-                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, || {
+                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, |_| {
                     Ok(made.pop().unwrap_or(spare.clone()))
                 })?;
             assert!(made.is_empty());
@@ -803,7 +808,8 @@ mod tests {
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
-            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            let collected =
+                unsafe { Collected::<ToDevice>::at(pool, vma, window, Order::PAGE, arrays) }?;
             let (copied, _) = collected.copy(&mut reservation, Holes::Keep, &mut number)?;
             let committed = copied.commit();
             // Unmap some of the pages between commit and finalize, as MADV_DONTNEED would.
@@ -837,7 +843,8 @@ mod tests {
             let vma = guard.vma_lookup(window.start()).ok_or(EFAULT)?;
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock.
-            let collected = unsafe { Collected::<ToDevice>::at(pool, vma, window, arrays) }?;
+            let collected =
+                unsafe { Collected::<ToDevice>::at(pool, vma, window, Order::PAGE, arrays) }?;
             drop(collected.copy(&mut reservation, Holes::Keep, &mut number)?);
             drop(guard);
             drop(reservation);
@@ -862,7 +869,7 @@ mod tests {
             let window = map_window(mm, Some(1))?;
             mirror
                 .mm()?
-                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, || Ok(1))?;
+                .migrate_to_device(&pool, window, Holes::Populate, &mut buf, |_| Ok(1))?;
             assert_eq!(fault(&mirror, window, Access::Write)?, WINDOW);
             assert!(mirror.write(window.start(), &[77; PAGE_SIZE]).is_ok());
             drop(pool);
@@ -884,7 +891,10 @@ mod tests {
             setup.migrate_in(window)?;
             // One of the pages leaves the device after another task has picked it for eviction.
             let mut pfns = [0; WINDOW];
-            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), WINDOW);
+            assert_eq!(
+                setup.pool.pool().rotate_oldest(&mut pfns),
+                (WINDOW, Order::PAGE)
+            );
             setup.pool.pool().mark_unused([0].into_iter());
             let pool = setup.pool.pool();
             // SAFETY: The pfns are of chunks of this pool, which `setup` keeps alive.
@@ -911,7 +921,7 @@ mod tests {
             user_write(va, 1)?;
             assert_eq!(setup.migrate_in(page)?, 1);
             let (mut pfns, mut dst, mut copies) = ([0], [0], [PageCopy::NONE]);
-            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), 1);
+            assert_eq!(setup.pool.pool().rotate_oldest(&mut pfns), (1, Order::PAGE));
             let arrays = Arrays {
                 src: &mut pfns,
                 dst: &mut dst,
@@ -952,8 +962,9 @@ mod tests {
             };
             let pool = setup.pool.pool();
             // SAFETY: mmap_lock is held, and the fault page is null.
-            let collected =
-                unsafe { Collected::<ToRam>::at(pool, vma, window, null_mut(), arrays) }?;
+            let collected = unsafe {
+                Collected::<ToRam>::at(pool, vma, window, Order::PAGE, null_mut(), arrays)
+            }?;
             let copied = collected.copy(Effort::Try, Some(0))?;
             drop(copied.commit(MigrateReason::CpuFault));
             drop(guard);
@@ -1031,7 +1042,7 @@ mod tests {
                 window,
                 Holes::Keep,
                 &mut setup.buf,
-                || Ok(1),
+                |_| Ok(1),
             );
             assert_eq!(migrated.err(), Some(EINVAL));
             Ok(())
@@ -1105,7 +1116,7 @@ mod tests {
                 window,
                 Holes::Keep,
                 &mut setup.buf,
-                || {
+                |_| {
                     asked += 1;
                     (asked != 3).then_some(1).ok_or(ENOMEM)
                 },
@@ -1194,7 +1205,7 @@ mod tests {
             setup.migrate_in(window)?;
             let mm = mirror.mm()?;
             let migrated =
-                mm.migrate_to_device(&setup.pool, window, Holes::Keep, &mut setup.buf, || Ok(1));
+                mm.migrate_to_device(&setup.pool, window, Holes::Keep, &mut setup.buf, |_| Ok(1));
             assert_eq!(migrated.err(), Some(EINVAL));
             let migrated = mm.migrate_to_ram(window, &mut setup.buf)?;
             assert_eq!(migrated.pages(), 0);

@@ -24,7 +24,8 @@ use super::{
             PoolOps,
             RawData, //
         },
-        range::PageRange, //
+        range::PageRange,
+        slots::Order, //
     },
     device::{
         reserve,
@@ -119,9 +120,9 @@ impl PoolOps for Inward {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, _data: ArcBorrow<'_, Unused>, _reason: MigrateReason) {}
+    fn migrated_to_ram(&self, _: ArcBorrow<'_, Unused>, _: usize, _: MigrateReason) {}
 
-    fn page_freed(&self, _data: Arc<Unused>) {}
+    fn page_freed(&self, _data: Arc<Unused>, _pages: usize) {}
 }
 
 /// Page data that owns the pool of another device.
@@ -189,8 +190,8 @@ mod tests {
             // SAFETY: The page data of `TestDevice<u64>` is a `u64`.
             unsafe { RawData::new(value) }
         };
-        let first = reservation.folio(data());
-        let second = reservation.folio(data());
+        let first = reservation.folio(Order::PAGE, || Ok(data()))?;
+        let second = reservation.folio(Order::PAGE, || Ok(data()))?;
         assert!(first.is_some() && second.is_some());
         drop(reservation);
         assert_eq!(device.freed.load(Relaxed), 0);
@@ -219,7 +220,7 @@ mod tests {
         let mut reservation = reserve(pool.pool(), &mut pfns)?;
         // SAFETY: The page data of this pool's driver is an `Arc<Counted>`.
         let data = unsafe { RawData::new(counted.clone()) };
-        let page = reservation.folio(data);
+        let page = reservation.folio(Order::PAGE, || Ok(data))?;
         drop(counted);
         assert!(page.is_some());
         assert_eq!(dropped.load(Relaxed), 0);
@@ -242,7 +243,7 @@ mod tests {
             let moved =
                 mirror
                     .mm()?
-                    .migrate_to_device(&pool, page, Holes::Keep, &mut buf, || Ok(1))?;
+                    .migrate_to_device(&pool, page, Holes::Keep, &mut buf, |_| Ok(1))?;
             assert_eq!(moved.pages(), 1);
             let inner = pool.pool().clone();
             drop(mirror);
@@ -298,7 +299,7 @@ mod tests {
             let mut data = Some(Arc::new(Unused(dropped), GFP_KERNEL)?);
             let mut evicted = Ok(());
             let mm = mirror.mm()?;
-            let moved = mm.migrate_to_device(&pool, page, Holes::Keep, &mut buf, || {
+            let moved = mm.migrate_to_device(&pool, page, Holes::Keep, &mut buf, |_| {
                 evicted = pool.evict();
                 data.take().ok_or(EIO)
             })?;

@@ -113,13 +113,13 @@ mod tests {
         slots.free(1)?;
         let pfn = |page: usize| (1 << 20) + page;
         let mut pfns = [0; 3];
-        assert_eq!(slots.rotate_oldest(&mut pfns), 3);
+        assert_eq!(slots.rotate_oldest(&mut pfns), (3, Order::PAGE));
         assert_eq!(pfns, [pfn(0), pfn(2), pfn(3)]);
         // A page that is freed and used again is younger than the pages that were rotated.
         assert_eq!(slots.alloc(Order::PAGE), Some(1));
         slots.mark_used(1, node()?);
         let mut pfns = [0; 9];
-        assert_eq!(slots.rotate_oldest(&mut pfns), 5);
+        assert_eq!(slots.rotate_oldest(&mut pfns), (5, Order::PAGE));
         assert_eq!(pfns[..5], [pfn(4), pfn(0), pfn(2), pfn(3), pfn(1)]);
         Ok(())
     }
@@ -132,7 +132,7 @@ mod tests {
             slots.mark_used(page, Node::new(nid)?);
         }
         // rotate_oldest() moves the pages in the list, but keeps their nodes.
-        assert_eq!(slots.rotate_oldest(&mut [0; 1]), 1);
+        assert_eq!(slots.rotate_oldest(&mut [0; 1]), (1, Order::PAGE));
         for (page, nid) in [(0, 1), (1, 2)] {
             assert_eq!(slots.node(page).map(Node::nid), Some(nid));
         }
@@ -146,11 +146,11 @@ mod tests {
     #[test]
     fn nothing_in_use_has_no_oldest() -> Result {
         let mut slots = slots(1, 1)?;
-        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 0);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), (0, Order::PAGE));
         assert_eq!(slots.alloc(Order::PAGE), Some(0));
         slots.mark_used(0, node()?);
         slots.free(0)?;
-        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 0);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), (0, Order::PAGE));
         Ok(())
     }
 
@@ -161,14 +161,14 @@ mod tests {
             assert_eq!(slots.alloc(Order::PAGE), Some(page));
         }
         assert!(slots.node(0).is_none());
-        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 0);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), (0, Order::PAGE));
         slots.mark_used(0, node()?);
         slots.mark_used(1, node()?);
         assert!(slots.node(0).is_some());
-        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 2);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), (2, Order::PAGE));
         slots.mark_unused(0);
         assert!(slots.node(0).is_none());
-        assert_eq!(slots.rotate_oldest(&mut [0; 2]), 1);
+        assert_eq!(slots.rotate_oldest(&mut [0; 2]), (1, Order::PAGE));
         // A page can be freed whether it is marked used or unused, and is then neither.
         slots.free(0)?;
         slots.free(1)?;

@@ -100,9 +100,9 @@ impl PoolOps for Vram {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
+    fn migrated_to_ram(&self, _data: u64, _pages: usize, _reason: MigrateReason) {}
 
-    fn page_freed(&self, _data: u64) {}
+    fn page_freed(&self, _data: u64, _pages: usize) {}
 }
 
 pub fn open_with_memory(module: &'static ThisModule) -> Result<(DevicePool<Vram>, Mirror)> {
@@ -126,7 +126,7 @@ pub fn migrate(
     range: PageRange,
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
-    mirror.mm()?.migrate_to_device(pool, range, Holes::Keep, buf, || Ok(0))
+    mirror.mm()?.migrate_to_device(pool, range, Holes::Keep, buf, |_| Ok(0))
 }
 
 pub fn map_exclusive(page: &ExclusivePage<'_>) -> usize {

@@ -25,9 +25,9 @@ impl PoolOps for Kind<General> {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, _data: u64, _reason: MigrateReason) {}
+    fn migrated_to_ram(&self, _data: u64, _pages: usize, _reason: MigrateReason) {}
 
-    fn page_freed(&self, _data: u64) {}
+    fn page_freed(&self, _data: u64, _pages: usize) {}
 }
 
 impl PoolOps for Kind<Special> {
@@ -38,9 +38,9 @@ impl PoolOps for Kind<Special> {
         Ok(())
     }
 
-    fn migrated_to_ram(&self, _data: ArcBorrow<'_, u64>, _reason: MigrateReason) {}
+    fn migrated_to_ram(&self, _data: ArcBorrow<'_, u64>, _pages: usize, _reason: MigrateReason) {}
 
-    fn page_freed(&self, _data: Arc<u64>) {}
+    fn page_freed(&self, _data: Arc<u64>, _pages: usize) {}
 }
 
 pub fn convert(pool: DevicePool<Kind<Special>>) -> DevicePool<Kind<General>> {

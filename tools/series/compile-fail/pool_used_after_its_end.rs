@@ -15,5 +15,5 @@ pub fn go_on<T: PoolOps<PageData = u64>>(
     buf: &mut MigrateBuf,
 ) -> Result<Migrated> {
     drop(pool);
-    mirror.mm()?.migrate_to_device(&pool, range, Holes::Keep, buf, || Ok(0))
+    mirror.mm()?.migrate_to_device(&pool, range, Holes::Keep, buf, |_| Ok(0))
 }

@@ -35,6 +35,7 @@ struct cost {
 	uint64_t bytes;
 	uint64_t faults;
 	uint64_t to_device;
+	uint64_t large;
 	uint64_t evicted;
 	uint64_t touched;
 	double gpu_ms;
@@ -107,20 +108,21 @@ static double gpu_run(const char *step, struct dummy_gpu_command command)
 
 static void print_head(void)
 {
-	printf("%-28s %8s %7s %8s %8s %8s %9s %7s %9s %7s\n", "", "", "GPU", "pages to",
-	       "pages", "pages", "GPU", "GPU", "CPU", "CPU");
-	printf("%-28s %8s %7s %8s %8s %8s %9s %7s %9s %7s\n", "step", "MiB", "faults",
-	       "device", "evicted", "touched", "ms", "MiB/s", "ms", "MiB/s");
+	printf("%-28s %8s %7s %8s %8s %8s %8s %9s %7s %9s %7s\n", "", "", "GPU", "pages to",
+	       "in large", "pages", "pages", "GPU", "GPU", "CPU", "CPU");
+	printf("%-28s %8s %7s %8s %8s %8s %8s %9s %7s %9s %7s\n", "step", "MiB", "faults",
+	       "device", "folios", "evicted", "touched", "ms", "MiB/s", "ms", "MiB/s");
 }
 
 static void print_row(const char *step, const struct cost *c)
 {
 	double mib = (double)c->bytes / MIB;
 
-	printf("%-28s %8.1f %7llu %8llu %8llu %8llu %9.1f %7.0f %9.1f %7.0f\n", step, mib,
+	printf("%-28s %8.1f %7llu %8llu %8llu %8llu %8llu %9.1f %7.0f %9.1f %7.0f\n", step, mib,
 	       (unsigned long long)c->faults, (unsigned long long)c->to_device,
-	       (unsigned long long)c->evicted, (unsigned long long)c->touched,
-	       c->gpu_ms, mib / (c->gpu_ms / 1e3), c->cpu_ms, mib / (c->cpu_ms / 1e3));
+	       (unsigned long long)c->large, (unsigned long long)c->evicted,
+	       (unsigned long long)c->touched, c->gpu_ms, mib / (c->gpu_ms / 1e3), c->cpu_ms,
+	       mib / (c->cpu_ms / 1e3));
 	fflush(stdout);
 }
 
@@ -136,6 +138,7 @@ static struct cost row(const char *step, uint64_t bytes, double gpu_ms, double c
 		.bytes = bytes,
 		.faults = after.faults - before.faults,
 		.to_device = after.pages_to_device - before.pages_to_device,
+		.large = after.large_to_device - before.large_to_device,
 		.evicted = after.pages_evicted - before.pages_evicted,
 		.touched = after.pages_cpu_faulted - before.pages_cpu_faulted,
 		.gpu_ms = gpu_ms,
@@ -147,6 +150,7 @@ static struct cost row(const char *step, uint64_t bytes, double gpu_ms, double c
 	total.bytes += cost.bytes;
 	total.faults += cost.faults;
 	total.to_device += cost.to_device;
+	total.large += cost.large;
 	total.evicted += cost.evicted;
 	total.touched += cost.touched;
 	total.gpu_ms += cost.gpu_ms;

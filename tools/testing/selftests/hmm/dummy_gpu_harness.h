@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -227,6 +228,29 @@ static inline bool write_to(const char *path, const char *text)
 	if (fd >= 0)
 		close(fd);
 	return ok;
+}
+
+/* Makes a block device a swap device, as mkswap and swapon do. */
+static inline int swap_on(const char *path)
+{
+	struct {
+		uint8_t boot[1024];
+		uint32_t version;
+		uint32_t last_page;
+	} header = { .version = 1 };
+	int fd = open(path, O_RDWR | O_EXCL | O_CLOEXEC);
+	off_t size = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
+	bool written;
+
+	if (size <= 0)
+		return -ENODEV;
+	header.last_page = size / page - 1;
+	written = pwrite(fd, &header, sizeof(header), 0) == sizeof(header) &&
+		  pwrite(fd, "SWAPSPACE2", 10, page - 10) == 10;
+	close(fd);
+	if (!written)
+		return -EIO;
+	return swapon(path, 0) ? -errno : 0;
 }
 
 /* The number after a name in a file with a name and a number in each line, or -1. */

@@ -9,7 +9,7 @@
 #include <linux/mempolicy.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/swap.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/uio.h>
@@ -297,6 +297,8 @@ TEST_F(vram, eviction_to_the_node_that_pages_came_from)
 /* Nothing is evicted to make room for memory that cannot move. */
 TEST_F(vram, no_eviction_for_what_does_not_move)
 {
+	/* Of huge pages one would be evicted whole. */
+	const int no_thp = prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
 	uint8_t *victim = map_filled(_metadata, self->fd, self->size, 0x5a);
 	const size_t length = self->size / 16;
 	int file = temporary_file(length);
@@ -304,6 +306,7 @@ TEST_F(vram, no_eviction_for_what_does_not_move)
 	int fd = gpu_open(GPU_DEVICE);
 	struct dummy_gpu_stats stats;
 
+	ASSERT_EQ(0, no_thp);
 	ASSERT_LE(0, fd);
 	ASSERT_NE(MAP_FAILED, p);
 	/* One page is a private copy, the others are page cache. */
@@ -329,29 +332,6 @@ TEST_F(vram, no_eviction_for_what_does_not_move)
 	munmap(victim, self->size);
 	close(fd);
 	close(file);
-}
-
-/* Makes /dev/ram0 a swap device, as mkswap and swapon do. */
-static int swap_on(const char *path)
-{
-	struct {
-		uint8_t boot[1024];
-		uint32_t version;
-		uint32_t last_page;
-	} header = { .version = 1 };
-	int fd = open(path, O_RDWR | O_EXCL | O_CLOEXEC);
-	off_t size = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
-	bool written;
-
-	if (size <= 0)
-		return -ENODEV;
-	header.last_page = size / page - 1;
-	written = pwrite(fd, &header, sizeof(header), 0) == sizeof(header) &&
-		  pwrite(fd, "SWAPSPACE2", 10, page - 10) == 10;
-	close(fd);
-	if (!written)
-		return -EIO;
-	return swapon(path, 0) ? -errno : 0;
 }
 
 /* The pages of a range that are swapped out. Pages on the device seem to be, too. */

@@ -9,7 +9,6 @@
 #include <dirent.h>
 #include <glob.h>
 #include <pthread.h>
-#include <sys/swap.h>
 
 #include "dummy_gpu_harness.h"
 
@@ -81,23 +80,6 @@ static bool bound_device(char name[32])
 	if (dir)
 		closedir(dir);
 	return found;
-}
-
-/* A disk of memory as swap. */
-static bool swap_on(void)
-{
-	uint32_t header[] = { 1, 0 };
-	char end[] = "SWAPSPACE2";
-	int fd = open("/dev/ram0", O_RDWR | O_CLOEXEC);
-	off_t size = fd < 0 ? 0 : lseek(fd, 0, SEEK_END);
-	bool ok;
-
-	header[1] = size / page - 1;
-	ok = size && pwrite(fd, header, sizeof(header), 1024) == sizeof(header) &&
-	     pwrite(fd, end, 10, page - 10) == 10;
-	if (fd >= 0)
-		close(fd);
-	return ok && (!swapon("/dev/ram0", 0) || errno == EBUSY);
 }
 
 /* The pages of a range that are present, and not swapped out. */
@@ -415,7 +397,9 @@ TEST_F_TIMEOUT(edu, the_copy_is_right_whatever_the_process_does, 120)
 /* What the device writes is not lost, though no CPU has made the page dirty. */
 TEST_F(edu, reclaim_keeps_what_the_device_wrote)
 {
-	if (!swap_on())
+	int err = swap_on("/dev/ram0");
+
+	if (err && err != -EBUSY)
 		SKIP(return, "no swap");
 
 	/* A page that could be dropped, as far as the CPUs know. */

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of large folios: how they migrate as a whole, and how they are split.
+
+use super::{
+    super::{
+        commit::{
+            DevicePage,
+            Entry, //
+        },
+        device_pool::DevicePool,
+        fault::FaultRequest,
+        hmm_range::FaultBuf,
+        migrate::MigrateBuf,
+        migrate_vma::Holes,
+        mirror::Mirror,
+        pfn::Access,
+        pool_ops::MigrateReason,
+        range::PageRange,
+        slots::Order, //
+    },
+    device::{
+        reserve,
+        Counted,
+        Tally,
+        TestDevice,
+        CHUNK, //
+    },
+    map_aligned,
+    page,
+    user_read,
+    user_write,
+    Recorder,
+    MODULE, //
+};
+use kernel::{
+    kunit::user_mm::{
+        with_user_mm,
+        Prot,
+        UserMm, //
+    },
+    page::PAGE_SIZE,
+    prelude::*,
+    sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
+    }, //
+};
+
+/// The pages of a large folio.
+const LARGE: usize = Order::MAX.pages();
+
+/// A process that is mirrored for a device with memory for `chunks` large folios.
+struct Setup<D: Tally> {
+    device: Arc<TestDevice<D>>,
+    pool: DevicePool<TestDevice<D>>,
+    mirror: Mirror,
+    ops: Arc<Recorder>,
+    buf: MigrateBuf,
+}
+
+impl<D: Tally> Setup<D> {
+    fn new(chunks: usize) -> Result<Self> {
+        let (device, pool) = TestDevice::new(chunks)?;
+        let ops = Recorder::new()?;
+        Ok(Self {
+            mirror: Mirror::new_with_pool(&MODULE, ops.clone(), &pool)?,
+            ops,
+            buf: MigrateBuf::new(MigrateBuf::MAX_ORDER)?,
+            device,
+            pool,
+        })
+    }
+
+    fn migrate_as(&mut self, range: PageRange, holes: Holes, data: D) -> Result<usize> {
+        let Self {
+            mirror, pool, buf, ..
+        } = self;
+        let mm = mirror.mm()?;
+        let moved = mm.migrate_to_device(pool, range, holes, buf, |_| Ok(data.clone()))?;
+        Ok(moved.pages())
+    }
+
+    fn migrate_out(&mut self, range: PageRange) -> Result<usize> {
+        let moved = self.mirror.mm()?.migrate_to_ram(range, &mut self.buf)?;
+        Ok(moved.pages())
+    }
+
+    fn used(&self) -> usize {
+        self.pool.pool().used_pages()
+    }
+
+    /// The order of the oldest folio of the pool.
+    fn order(&self) -> Option<Order> {
+        let (folios, order) = self.pool.pool().rotate_oldest(&mut [0]);
+        (folios != 0).then_some(order)
+    }
+
+    /// How many operations the device was asked for since the last time.
+    fn ops(&self) -> usize {
+        self.device.ops.xchg(0, Relaxed)
+    }
+}
+
+impl Setup<u64> {
+    fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
+        self.migrate_as(range, Holes::Populate, 1)
+    }
+
+    /// Migrates as before an access by the device.
+    fn access(&mut self, range: PageRange, access: Access) -> Result<usize> {
+        let Self {
+            mirror, pool, buf, ..
+        } = self;
+        let mm = mirror.mm()?;
+        let moved = mm.migrate_for_access(pool, range, access, buf, |_| Ok(1))?;
+        Ok(moved.pages())
+    }
+}
+
+fn value(page: usize) -> u8 {
+    (page % 251) as u8 + 1
+}
+
+/// Maps the place of a large folio, which the CPU then fills with different pages.
+fn map_large(mm: &UserMm) -> Result<PageRange> {
+    let range = map_aligned(mm, LARGE, Prot::ReadWrite)?;
+    for (n, va) in range.page_addrs().enumerate() {
+        user_write(va, value(n))?;
+    }
+    Ok(range)
+}
+
+/// Whether the process finds in `pages` of `range` what [`map_large`] has written there.
+fn holds(range: PageRange, pages: core::ops::Range<usize>) -> Result<bool> {
+    for (n, va) in range.page_addrs().enumerate() {
+        if pages.contains(&n) && user_read(va)? != value(n) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Faults `range` for a read. Returns how many of its pages are in device memory.
+fn on_device(mirror: &Mirror, range: PageRange) -> Result<usize> {
+    let mut buf = FaultBuf::new(FaultBuf::MAX_ORDER)?;
+    let request = FaultRequest::new(range, Access::Read);
+    mirror.mm()?.fault(request, &mut buf, |commit| {
+        let is_read = |entry: &Entry<'_>| {
+            matches!(
+                entry,
+                Entry::Device(DevicePage::Read(_) | DevicePage::Write(_))
+            )
+        };
+        commit.entries().filter(|(_, entry)| is_read(entry)).count()
+    })
+}
+
+#[kunit_tests(hmm_large)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_folio_migrates_as_one_and_returns_as_one() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            assert_eq!(setup.ops(), 1);
+            assert_eq!(setup.order(), Some(Order::MAX));
+            assert_eq!(on_device(&setup.mirror, range)?, LARGE);
+
+            assert_eq!(setup.migrate_out(range)?, LARGE);
+            assert_eq!((setup.ops(), setup.used()), (1, 0));
+            assert_eq!(setup.device.home(MigrateReason::Request), LARGE as u64);
+            assert!(holds(range, 0..LARGE)?);
+            // It is a large folio still.
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            assert_eq!(setup.order(), Some(Order::MAX));
+            setup.pool.evict()?;
+            assert_eq!((setup.ops(), setup.used()), (2, 0));
+            assert_eq!(setup.device.home(MigrateReason::Evict), LARGE as u64);
+            assert!(holds(range, 0..LARGE)?);
+            assert_eq!(setup.device.freed.load(Relaxed), 2 * LARGE as u64);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_cpu_that_begins_at_the_start_gets_all_of_the_folio() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            setup.ops();
+            assert!(holds(range, 0..LARGE)?);
+            assert_eq!((setup.ops(), setup.used()), (1, 0));
+            assert_eq!(setup.device.home(MigrateReason::CpuFault), LARGE as u64);
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            assert_eq!(setup.order(), Some(Order::MAX));
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_a_cpu_touches_does_not_take_the_others_along() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            assert!(holds(range, 100..101)?);
+            let left = setup.used();
+            assert!((LARGE - 16..LARGE).contains(&left));
+            setup.ops();
+            // The device uses the others where they are.
+            assert_eq!(on_device(&setup.mirror, range)?, left);
+            assert_eq!(setup.ops(), 0);
+            assert_eq!(setup.order(), Some(Order::PAGE));
+            assert!(holds(range, 0..LARGE)?);
+            assert_eq!(setup.used(), 0);
+            assert_eq!(setup.device.freed.load(Relaxed), LARGE as u64);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_part_that_is_unmapped_does_not_take_the_others_along() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            setup.ops();
+            super::super::zap(mm.mm(), page(range, 100)?);
+            let rest = PageRange::new(page(range, 101)?.start(), range.end())?;
+            assert_eq!(on_device(&setup.mirror, rest)?, LARGE - 1);
+            assert_eq!(setup.ops(), 0);
+            assert_eq!(user_read(page(range, 100)?.start())?, 0);
+            assert!(holds(range, 0..100)? && holds(range, 101..LARGE)?);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_hole_becomes_a_large_folio_of_zeroes() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_aligned(mm, LARGE, Prot::ReadWrite)?;
+            assert_eq!(setup.migrate_as(range, Holes::Keep, 1)?, 0);
+            assert_eq!(setup.access(page(range, 100)?, Access::Read)?, 0);
+            // As a CPU that writes to one page of it would.
+            assert_eq!(setup.access(page(range, 100)?, Access::Write)?, LARGE);
+            assert_eq!(setup.ops(), 1);
+            assert_eq!(setup.order(), Some(Order::MAX));
+            let mut bytes = [1];
+            assert_eq!(on_device(&setup.mirror, range)?, LARGE);
+            assert!(setup
+                .mirror
+                .read(page(range, 7)?.start(), &mut bytes)
+                .is_ok());
+            assert_eq!(bytes, [0]);
+            for va in range.page_addrs() {
+                assert_eq!(user_read(va)?, 0);
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_hole_among_pages_does_not_populate_the_others() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            super::super::zap(mm.mm(), page(range, 100)?);
+            super::super::zap(mm.mm(), page(range, 200)?);
+            assert_eq!(setup.access(page(range, 100)?, Access::Write)?, 1);
+            assert_eq!(setup.used(), 1);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn an_access_takes_all_of_the_folio_along_and_a_request_only_its_part() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.access(page(range, 100)?, Access::Read)?, LARGE);
+            assert_eq!((setup.ops(), setup.order()), (1, Some(Order::MAX)));
+            assert_eq!(setup.migrate_out(page(range, 100)?)?, 1);
+            assert_eq!(
+                (setup.used(), setup.order()),
+                (LARGE - 1, Some(Order::PAGE))
+            );
+            assert!(holds(range, 0..LARGE)?);
+            assert_eq!(setup.migrate_in(page(range, 100)?)?, 1);
+            assert_eq!(setup.used(), 1);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn without_a_block_on_the_device_the_pages_migrate_one_by_one() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(2)?;
+            let range = map_large(mm)?;
+            let pool = setup.pool.pool().clone();
+            let mut pfns = KVec::from_elem(0, CHUNK + 1, GFP_KERNEL)?;
+            let taken = reserve(&pool, &mut pfns)?;
+            assert_eq!(taken.taken(), CHUNK + 1);
+            // The last one takes the place of another.
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            assert_eq!(setup.device.home(MigrateReason::Evict), 1);
+            assert_eq!(setup.order(), Some(Order::PAGE));
+            drop(taken);
+            assert!(holds(range, 0..LARGE)?);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_full_pool_evicts_a_large_folio_for_another() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let (first, second) = (map_large(mm)?, map_large(mm)?);
+            assert_eq!(setup.migrate_in(first)?, LARGE);
+            assert_eq!(setup.migrate_in(second)?, LARGE);
+            assert_eq!((setup.ops(), setup.order()), (3, Some(Order::MAX)));
+            assert_eq!(setup.device.home(MigrateReason::Evict), LARGE as u64);
+            assert!(holds(first, 0..LARGE)? && holds(second, 0..LARGE)?);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn one_page_that_the_device_cannot_copy_does_not_keep_the_others() -> Result {
+        for way in 0..3 {
+            with_user_mm(|mm| {
+                let mut setup = Setup::<u64>::new(1)?;
+                let range = map_large(mm)?;
+                assert_eq!(setup.migrate_in(range)?, LARGE);
+                setup.device.bad.store(7 * PAGE_SIZE, Relaxed);
+                match way {
+                    0 => assert_eq!(setup.pool.evict(), Err(EIO)),
+                    1 => assert_eq!(setup.migrate_out(range)?, LARGE - 1),
+                    _ => assert!(holds(range, 0..7)? && holds(range, 8..LARGE)?),
+                }
+                assert_eq!(setup.used(), 1);
+                setup.device.bad.store(usize::MAX, Relaxed);
+                assert!(holds(range, 0..LARGE)?);
+                assert_eq!(setup.used(), 0);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn each_page_of_a_split_folio_has_the_data() -> Result {
+        let dropped = Arc::new(Atomic::new(0), GFP_KERNEL)?;
+        let data = Counted {
+            value: 3,
+            dropped: dropped.clone(),
+        };
+        let data = Arc::new(data, GFP_KERNEL)?;
+        with_user_mm(|mm| {
+            let mut setup = Setup::<Arc<Counted>>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.migrate_as(range, Holes::Keep, data)?, LARGE);
+            assert!(holds(range, 100..101)?);
+            assert!(setup.used() != 0);
+            assert_eq!(dropped.load(Relaxed), 0);
+            assert!(holds(range, 0..LARGE)?);
+            // One for each page.
+            assert_eq!(setup.device.sum.load(Relaxed), 3 * LARGE as u64);
+            assert_eq!(dropped.load(Relaxed), 1);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_lost_device_gives_the_data_of_large_and_of_split_folios_back() -> Result {
+        let dropped = Arc::new(Atomic::new(0), GFP_KERNEL)?;
+        let value = 3;
+        with_user_mm(|mm| {
+            let mut setup = Setup::<Arc<Counted>>::new(3)?;
+            let ranges = [map_large(mm)?, map_large(mm)?, map_large(mm)?];
+            for range in ranges {
+                let dropped = dropped.clone();
+                let data = Arc::new(Counted { value, dropped }, GFP_KERNEL)?;
+                assert_eq!(setup.migrate_as(range, Holes::Keep, data)?, LARGE);
+            }
+            // One is split, one was split and is gone.
+            assert!(holds(ranges[1], 100..101)?);
+            assert!(holds(ranges[2], 100..101)? && holds(ranges[2], 0..LARGE)?);
+            setup.pool.lost()?;
+            assert_eq!(dropped.load(Relaxed), 3);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn the_notifier_runs_once_for_a_folio() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(on_device(&setup.mirror, range)?, 0);
+            let before = setup.ops.count();
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            assert_eq!(setup.ops.count(), before + 1);
+            assert_eq!(setup.ops.last(), Some(range));
+            Ok(())
+        })
+    }
+}
