@@ -32,7 +32,8 @@ impl DeviceRange {
         Self { start, len }
     }
 
-    /// The offset of the range from the start of the device's memory, in bytes.
+    /// The offset of the range from the start of the pool's part of the device's memory, in bytes.
+    /// The driver adds the address of that part.
     #[inline]
     pub fn start(&self) -> usize {
         self.start
@@ -100,8 +101,8 @@ impl<'a> RamPages<'a> {
         Ok(())
     }
 
-    /// The DMA address of the pages, if the pool was made with
-    /// [`Engine::Dma`](super::Engine::Dma). It is valid until
+    /// The DMA address of the first byte, if the pool was made with
+    /// [`Engine::Dma`](super::Engine::Dma). All bytes of the operation follow it. It is valid until
     /// [`PoolOps::copy`](super::PoolOps::copy) returns.
     #[inline]
     pub fn bus(&self) -> Option<DmaAddress> {
@@ -144,8 +145,8 @@ pub struct NewMemory<'a> {
 }
 
 impl NewMemory<'_> {
-    /// The DMA address of the memory, if the pool was made with
-    /// [`Engine::Dma`](super::Engine::Dma). It is valid until
+    /// The DMA address of the first byte, if the pool was made with
+    /// [`Engine::Dma`](super::Engine::Dma). All bytes of the operation follow it. It is valid until
     /// [`PoolOps::copy`](super::PoolOps::copy) returns.
     #[inline]
     pub fn bus(&self) -> Option<DmaAddress> {

@@ -127,8 +127,8 @@ unsafe fn large_cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) ->
     if block.start() == va {
         // SAFETY: The caller ensures the conditions (see the # Safety section).
         match unsafe { whole_cpu_fault(vma, block, page) } {
-            Ok(touched) => return Ok(touched),
-            Err(_) => {}
+            Err(err) if err != EAGAIN => {}
+            touched => return touched,
         }
     }
     // SAFETY: The folio is locked, and the caller has a reference to it (see the # Safety section).

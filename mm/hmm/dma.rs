@@ -614,13 +614,13 @@ pub(crate) struct MappedCopies<'a> {
 
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 impl<'a> MappedCopies<'a> {
-    /// Maps those of `copies` that have a page of system memory, of which `pfn` gives the number,
-    /// and stores their addresses.
+    /// Maps those of `copies` that have a folio of system memory, of which `pfn` gives the number
+    /// of the first page, and stores their addresses.
     ///
     /// # Errors
     ///
     /// [`EAGAIN`] if there is no memory or the driver is being unbound, [`ENODEV`] if it was, and
-    /// [`EIO`] if a page cannot be mapped.
+    /// [`EIO`] if a page cannot be mapped, or the pages of a folio not contiguously.
     ///
     /// # Safety
     ///
@@ -633,19 +633,40 @@ impl<'a> MappedCopies<'a> {
         let later = |err| if err == ENOMEM { EAGAIN } else { err };
         let bound = Dma::stay_bound_for_copy(dma)?;
         let mut this = Self {
-            map: LeafMap::new(&bound, copies.len()).map_err(later)?,
+            map: LeafMap::new(&bound, copies.iter().map(|copy| copy.pages).sum()).map_err(later)?,
             _bound: bound,
         };
-        let pfns = copies.iter().map(|copy| match copy.ram.is_null() {
-            true => HmmPfn::NONE,
-            false => HmmPfn::from_pfn(pfn(copy)),
+        let pfns = copies.iter().flat_map(|copy| {
+            let first = (!copy.ram.is_null()).then(|| pfn(copy));
+            (0..copy.pages).map(move |n| match first {
+                Some(first) => HmmPfn::from_pfn(first + n),
+                None => HmmPfn::NONE,
+            })
         });
         // SAFETY: The pages are in use (see the # Safety section).
         unsafe { this.map.map(0, pfns) }.map_err(later)?;
-        for (index, copy) in copies.iter_mut().enumerate() {
-            copy.bus = (!copy.ram.is_null()).then(|| this.map.address(index));
+        let mut next = 0;
+        for copy in copies {
+            let first = next;
+            next += copy.pages;
+            if copy.ram.is_null() {
+                copy.bus = None;
+                continue;
+            }
+            let bus = this.map.address(first);
+            let address = |n: usize| bus + (n * PAGE_SIZE) as DmaAddress;
+            if !(0..copy.pages).all(|n| this.map.address(first + n) == address(n)) {
+                return Err(EIO);
+            }
+            copy.bus = Some(bus);
         }
         Ok(this)
+    }
+
+    /// The number of pages that are mapped.
+    #[cfg(CONFIG_RUST_HMM_KUNIT_TEST)]
+    pub(crate) fn mapped(&self) -> usize {
+        self.map.used
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     folio::Effort,
     migrate_vma::{
         drain,
+        is_transient,
         Arrays,
         Collected,
         BATCH, //
@@ -64,7 +65,7 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
 }
 
 /// Migrates the large folio that starts at `pfn` to system memory. If there is no large folio for
-/// it, or the device cannot copy all of it, splits it and migrates its first pages, allocated with
+/// it, or the device cannot copy all of it now or later, splits it and migrates its first pages, allocated with
 /// `effort`. Returns the number of pages that moved.
 ///
 /// # Errors
@@ -77,7 +78,7 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
 unsafe fn evict_large(pool: &Pool, pfn: usize, order: Order, effort: Effort) -> Result<usize> {
     // SAFETY: The caller ensures the conditions (see the # Safety section).
     match unsafe { evict_whole(pool, pfn, order) } {
-        Err(err) if err != ENODEV => {}
+        Err(err) if err != ENODEV && !is_transient(err) => {}
         moved => return moved,
     }
     // SAFETY: The chunk has a `struct page` for the pfn.

@@ -19,6 +19,7 @@ use super::{
     },
     migrate_vma::{
         drain,
+        is_transient,
         Arrays,
         Collected,
         Committed,
@@ -106,13 +107,16 @@ pub struct Migrated {
 }
 
 impl Migrated {
-    /// The part of the requested range that this call has served. Both have the same start.
+    /// The part of the requested range that this call has looked at. Both have the same start. The
+    /// next call begins at its end, however many pages have moved.
     #[inline]
     pub fn range(&self) -> PageRange {
         self.range
     }
 
-    /// The number of pages that moved. Pages that somebody has a reference to do not move.
+    /// The number of pages of `PAGE_SIZE` that moved, and of holes that were populated. Pages that
+    /// somebody has a reference to do not move. For [`MirroredMm::migrate_for_access`] this counts
+    /// pages outside of [`Migrated::range`] too.
     #[inline]
     pub fn pages(&self) -> usize {
         self.pages
@@ -143,7 +147,8 @@ impl Migrated {
 
 impl MirroredMm<'_> {
     /// Migrates the pages of `range` to the memory of the device, as far as `pool` has or can make
-    /// room.
+    /// room: for a prefetch, or a policy. For an access of the device there is
+    /// [`MirroredMm::migrate_for_access`], which does not split huge pages.
     ///
     /// Only readable private memory migrates, unless KSM may merge it: anonymous memory, and the
     /// process's own copies of pages of a file. `holes` says whether addresses without a page get a
@@ -151,9 +156,11 @@ impl MirroredMm<'_> {
     /// does not see what a device writes to pages in its memory.
     ///
     /// One call serves one window: from the start of `range` to the end of the aligned block that
-    /// `buf` spans, clipped to the VMA and the region. `data` is called for each folio that gets a
-    /// place in device memory, with the number of its pages. If it fails, the page stays where it
-    /// is, which is not an error; a large folio may be split, and `data` is called again.
+    /// `buf` spans, clipped to the VMA and the region. `data` is called for each folio that has found
+    /// a place in device memory, with the number of its pages, and possibly several times for the
+    /// same pages. If it fails for a page, the page stays where it is, which is not an error. If it
+    /// fails for a large folio, the folio of the process is split, and `data` is called for its
+    /// pages. So check a quota before the call.
     ///
     /// A large folio of 2 MiB that the window contains moves as one, if the pool has a block for
     /// it. So does a hole of this size, where the process may have a large folio. A large folio of
@@ -165,7 +172,7 @@ impl MirroredMm<'_> {
     /// # Context
     ///
     /// Any task. For the locks that it may hold, see [`MirroredMm::fault`]. May evict pages of any
-    /// process, but no more than move to the device in exchange. `data` is called with `mmap_lock`
+    /// process: as many as move to the device in exchange, or up to a large folio more. `data` is called with `mmap_lock`
     /// held and pages locked, so it must not allocate memory in a way that waits. Page faults are
     /// disabled in it: an access to user memory that is not present fails. Calls of this crate
     /// fail, too.
@@ -212,8 +219,13 @@ impl MirroredMm<'_> {
     /// - For a write, holes are populated: with a large folio where the process may have one, and
     ///   all around it is a hole. For a read, holes stay.
     ///
-    /// If `buf` is smaller than [`MigrateBuf::MAX_ORDER`], only `need` migrates. The result does
-    /// not say which other pages have migrated, but counts them.
+    /// So pages outside of `need` may migrate or be populated, in the aligned 2 MiB around it. A
+    /// driver with a policy for each range makes sure that the range contains these 2 MiB. The
+    /// result does not say which other pages have migrated, but counts them.
+    ///
+    /// If `buf` is smaller than [`MigrateBuf::MAX_ORDER`], only `need` migrates, and a large folio
+    /// is split for it. A folio is also split if the pool can make no block for it, or if an
+    /// invalidation collides while the core looks at the pages.
     ///
     /// # Context and errors
     ///
@@ -283,8 +295,10 @@ impl MirroredMm<'_> {
                 unsafe { Collected::<ToRam>::at(pool, vma, range, most, null_mut(), arrays) }?;
             let order = collected.order();
             match collected.copy(Effort::Reclaim, None) {
-                // Without a large folio, or if the device cannot copy all of it.
-                Err(err) if order.is_large() && err != ENODEV => most = Order::PAGE,
+                // Without a large folio, or if the device cannot copy all of it, now or later.
+                Err(err) if order.is_large() && err != ENODEV && !is_transient(err) => {
+                    most = Order::PAGE
+                }
                 copied => {
                     let mut migrated = Migrated::none(range);
                     migrated.add(&copied?.commit(MigrateReason::Request), order);

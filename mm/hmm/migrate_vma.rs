@@ -622,7 +622,11 @@ impl<'a> Collected<'a, ToRam> {
             let mut copied = 0;
             for n in 0..count {
                 let i = locked.arrays.copies[n].index;
-                let result = locked.copy(&driver, n..n + 1, false);
+                let result = match count {
+                    // It was tried just now.
+                    1 => Err(err),
+                    _ => locked.copy(&driver, n..n + 1, false),
+                };
                 err = result.err().unwrap_or(err);
                 if result.is_ok() {
                     copied += 1;
@@ -733,7 +737,7 @@ impl<'a> Committed<'a> {
 
 /// Whether `err` means that the driver can copy the page later: see
 /// [`PoolOps::copy`](super::PoolOps::copy).
-fn is_transient(err: Error) -> bool {
+pub(crate) fn is_transient(err: Error) -> bool {
     [EAGAIN, EBUSY, EINTR].contains(&err)
 }
 

@@ -150,7 +150,7 @@ pub trait PoolOps: Send + Sync + 'static {
     /// fails, too, what was started must have ended: the pages of both sides belong to others then.
     ///
     /// The device does not use the pages of a batch, since their entries were erased. A batch has
-    /// at most the pages of a [`MigrateBuf`](super::MigrateBuf).
+    /// at most 2^[`MigrateBuf::MAX_ORDER`](super::MigrateBuf::MAX_ORDER) pages.
     ///
     /// # Context
     ///
@@ -164,7 +164,7 @@ pub trait PoolOps: Send + Sync + 'static {
     ///
     /// If this fails, or has not performed all of `batch`, the copies are discarded and all pages
     /// stay where they were. On the way to system memory the core then calls this again for each
-    /// page alone. If a CPU waits for one of these pages, the error for this page decides what
+    /// folio alone, and splits a large folio if the error is not transient. If a CPU waits for one of these pages, the error for this page decides what
     /// happens:
     ///
     /// - [`EAGAIN`], [`EBUSY`] and [`EINTR`] are transient: the CPU waits, killably, and faults
@@ -191,8 +191,11 @@ pub trait PoolOps: Send + Sync + 'static {
         reason: MigrateReason,
     );
 
-    /// A folio of `pages` pages was freed. Gives its data back to the driver, once for each folio:
-    /// also if the folio did not migrate in the end, and without a call of
+    /// A folio of `pages` pages was freed. Gives its data back to the driver, once for each folio. If
+    /// a folio was split, each page gives its clone back, with a `pages` of 1. So the sum of `pages`
+    /// is that of the pages for which the driver has given data, but the number of calls is not.
+    ///
+    /// This is also called if the folio did not migrate in the end, and without a call of
     /// [`PoolOps::migrated_to_ram`] if the process has unmapped it.
     ///
     /// # Context

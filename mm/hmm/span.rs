@@ -32,8 +32,9 @@ pub enum Location {
 
 /// Pages with the same access that are contiguous, both for the process and for the device.
 ///
-/// A span is as long as possible within the window of the commit. It says nothing about the size of
-/// the pages that the CPU maps.
+/// A span is as long as possible within the window of the commit: it ends where the access or the
+/// addresses change, not where a folio does. It says nothing about the size of the pages that the
+/// CPU maps. A device that maps it with a large entry checks that both addresses are aligned.
 #[derive(Debug)]
 pub enum Span<'c> {
     /// The device may read the pages.
@@ -145,8 +146,9 @@ impl<'c> Iterator for Spans<'c> {
 }
 
 impl Commit<'_> {
-    /// The pages of the window that are present, as the device finds them. Empty if the mirror was
-    /// not made with [`Mirror::for_device`](super::Mirror::for_device).
+    /// The pages of the window that are present, as the device finds them. Empty unless the mirror
+    /// was made with [`Mirror::for_device`](super::Mirror::for_device) or
+    /// `Mirror::for_device_with_pool()`.
     ///
     /// The addresses are valid until the driver has answered
     /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) for them. Whatever the device writes

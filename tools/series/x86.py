@@ -259,7 +259,7 @@ def mutants(tally, base, head, kernels, worktree):
         log = logfile("x86-mutant")
         try:
             boot(kernels, build(kernels), debug.nothing(kernels), "x86-mutant",
-                 extra=("kunit.enable=1", "kunit.filter_glob=" + test), timeout=TIMEOUT)
+                 extra=("kunit.enable=1", "kunit.filter_glob=" + test), timeout=3 * prove.MUTANT_TIMEOUT)
         except Failure as e:
             if e.status not in (124, 125):      # the kernel went down, or hung
                 raise

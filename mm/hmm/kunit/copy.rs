@@ -7,11 +7,17 @@ use super::{
         binding::DmaBinding,
         copy::{
             CopyBatch,
-            CopyOp, //
+            CopyOp,
+            PageCopy, //
         },
         device_pool::{
             DevicePool,
             Engine, //
+        },
+        dma::MappedCopies,
+        folio::{
+            Effort,
+            NewFolio, //
         },
         migrate::MigrateBuf,
         migrate_vma::Holes,
@@ -20,7 +26,11 @@ use super::{
             MigrateReason,
             PoolOps, //
         },
-        range::PageRange, //
+        range::PageRange,
+        slots::{
+            Node,
+            Order, //
+        }, //
     },
     device::CHUNK,
     dma::{
@@ -257,5 +267,41 @@ mod tests {
             assert_eq!(other.err(), Some(ENODEV));
             Ok(())
         })
+    }
+
+    #[test]
+    fn all_pages_of_a_large_folio_are_mapped() -> Result {
+        let faux = device(0)?;
+        let binding = DmaBinding::new(bound(&faux))?;
+        let dma = binding.device().dma().clone();
+        let folio = |order| NewFolio::alloc(Effort::Reclaim, order, None, Node::new(0).ok()?);
+        let large = folio(Order::MAX).ok_or(ENOMEM)?;
+        let small = folio(Order::PAGE).ok_or(ENOMEM)?;
+        let copy = |folio: &NewFolio, order: Order| PageCopy {
+            // SAFETY: The folio is allocated.
+            ram: unsafe { bindings::page_address(folio.page()) }.cast(),
+            pages: order.pages(),
+            ..PageCopy::NONE
+        };
+        let hole = PageCopy {
+            pages: Order::MAX.pages(),
+            ..PageCopy::NONE
+        };
+        let mut copies = [hole, copy(&large, Order::MAX), copy(&small, Order::PAGE)];
+        // SAFETY: The folio is allocated.
+        let pfn = |folio: &NewFolio| unsafe { bindings::page_to_pfn(folio.page()) };
+        let pfns = |copy: &PageCopy| match copy.pages {
+            1 => pfn(&small),
+            _ => pfn(&large),
+        };
+        // SAFETY: The folios are in use until the end of this function.
+        let mapped = unsafe { MappedCopies::new(&dma, &mut copies, pfns) }?;
+        assert_eq!(mapped.mapped(), Order::MAX.pages() + 1);
+        drop(mapped);
+        let [hole, large_copy, small_copy] = copies;
+        assert!(hole.bus.is_none());
+        assert_eq!(large_copy.bus.map(page_at), Some(large.page()));
+        assert_eq!(small_copy.bus.map(page_at), Some(small.page()));
+        Ok(())
     }
 }

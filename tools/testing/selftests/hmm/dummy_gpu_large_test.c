@@ -15,6 +15,7 @@
 #define THP		"/sys/kernel/mm/transparent_hugepage/"
 #define FOLIOS		4	/* of a storm */
 #define WORD		8
+#define STORM_TIMEOUT	600	/* seconds, for those who let a storm take a minute */
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE	25
@@ -482,7 +483,7 @@ static void collapse(uint8_t *p)
 	madvise(p, FOLIOS * huge, MADV_COLLAPSE);
 }
 
-TEST_F(large, nothing_is_lost_while_folios_are_collapsed)
+TEST_F_TIMEOUT(large, nothing_is_lost_while_folios_are_collapsed, STORM_TIMEOUT)
 {
 	storm(_metadata, self, collapse);
 }
@@ -497,7 +498,7 @@ static void split(uint8_t *p)
 	usleep(1000);
 }
 
-TEST_F(large, nothing_is_lost_while_folios_are_split)
+TEST_F_TIMEOUT(large, nothing_is_lost_while_folios_are_split, STORM_TIMEOUT)
 {
 	if (access("/sys/kernel/debug/split_huge_pages", W_OK))
 		SKIP(return, "no debugfs");
@@ -511,7 +512,7 @@ static void compact(uint8_t *p)
 	usleep(1000);
 }
 
-TEST_F(large, nothing_is_lost_while_memory_is_compacted)
+TEST_F_TIMEOUT(large, nothing_is_lost_while_memory_is_compacted, STORM_TIMEOUT)
 {
 	if (access("/proc/sys/vm/compact_memory", W_OK))
 		SKIP(return, "no compaction");
@@ -551,7 +552,7 @@ static const char *enter_group(struct __test_metadata *_metadata, char *root, ch
 	return group;
 }
 
-TEST_F(large, nothing_is_lost_under_pressure)
+TEST_F_TIMEOUT(large, nothing_is_lost_under_pressure, STORM_TIMEOUT)
 {
 	char root[] = "/tmp/dummy_gpu_large.XXXXXX", group[60], path[80];
 
