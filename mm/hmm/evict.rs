@@ -65,8 +65,8 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
 }
 
 /// Migrates the large folio that starts at `pfn` to system memory. If there is no large folio for
-/// it, or the device cannot copy all of it now or later, splits it and migrates its first pages, allocated with
-/// `effort`. Returns the number of pages that moved.
+/// it, or the device cannot copy all of it now or later, splits it and migrates its first pages,
+/// allocated with `effort`. Returns the number of pages that moved.
 ///
 /// # Errors
 ///

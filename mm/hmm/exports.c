@@ -23,16 +23,6 @@ EXPORT_SYMBOL_GPL(rust_hmm_binding_end);
 DECLARE_RUST(rust_hmm_device_drop);
 EXPORT_SYMBOL_GPL(rust_hmm_device_drop);
 
-#ifdef CONFIG_RUST_HMM_DEVICE
-/* copy.rs */
-
-DECLARE_RUST(rust_hmm_ram_read);
-EXPORT_SYMBOL_GPL(rust_hmm_ram_read);
-
-DECLARE_RUST(rust_hmm_new_write);
-EXPORT_SYMBOL_GPL(rust_hmm_new_write);
-#endif
-
 /* mirror.rs */
 
 DECLARE_RUST(rust_hmm_mirror_new);
@@ -80,6 +70,14 @@ EXPORT_SYMBOL_GPL(rust_hmm_mm_fault);
 
 DECLARE_RUST(rust_hmm_mm_make_exclusive);
 EXPORT_SYMBOL_GPL(rust_hmm_mm_make_exclusive);
+
+/* copy.rs */
+
+DECLARE_RUST(rust_hmm_ram_read);
+EXPORT_SYMBOL_GPL(rust_hmm_ram_read);
+
+DECLARE_RUST(rust_hmm_new_write);
+EXPORT_SYMBOL_GPL(rust_hmm_new_write);
 
 /* device_pool.rs */
 

@@ -64,8 +64,8 @@ pub struct MigrateBuf {
 }
 
 impl MigrateBuf {
-    /// The largest window, as an order of pages: 2 MiB with 4 KiB pages. Only a buffer of this order
-    /// lets large folios migrate as a whole.
+    /// The largest window, as an order of pages: 2 MiB with 4 KiB pages. Only a buffer of this
+    /// order lets large folios migrate as a whole.
     pub const MAX_ORDER: u32 = FaultBuf::MAX_ORDER;
 
     /// Creates a buffer for naturally aligned windows of up to `2^order` pages.
@@ -156,11 +156,11 @@ impl MirroredMm<'_> {
     /// does not see what a device writes to pages in its memory.
     ///
     /// One call serves one window: from the start of `range` to the end of the aligned block that
-    /// `buf` spans, clipped to the VMA and the region. `data` is called for each folio that has found
-    /// a place in device memory, with the number of its pages, and possibly several times for the
-    /// same pages. If it fails for a page, the page stays where it is, which is not an error. If it
-    /// fails for a large folio, the folio of the process is split, and `data` is called for its
-    /// pages. So check a quota before the call.
+    /// `buf` spans, clipped to the VMA and the region. `data` is called for each folio that has
+    /// found a place in device memory, with the number of its pages, and possibly several times for
+    /// the same pages. If it fails for a page, the page stays where it is, which is not an error.
+    /// If it fails for a large folio, the folio of the process is split, and `data` is called for
+    /// its pages. So check a quota before the call.
     ///
     /// A large folio of 2 MiB that the window contains moves as one, if the pool has a block for
     /// it. So does a hole of this size, where the process may have a large folio. A large folio of
@@ -172,10 +172,10 @@ impl MirroredMm<'_> {
     /// # Context
     ///
     /// Any task. For the locks that it may hold, see [`MirroredMm::fault`]. May evict pages of any
-    /// process: as many as move to the device in exchange, or up to a large folio more. `data` is called with `mmap_lock`
-    /// held and pages locked, so it must not allocate memory in a way that waits. Page faults are
-    /// disabled in it: an access to user memory that is not present fails. Calls of this crate
-    /// fail, too.
+    /// process: as many as move to the device in exchange, or up to a large folio more. `data` is
+    /// called with `mmap_lock` held and pages locked, so it must not allocate memory in a way that
+    /// waits. Page faults are disabled in it: an access to user memory that is not present fails.
+    /// Calls of this crate fail, too.
     ///
     /// # Errors
     ///

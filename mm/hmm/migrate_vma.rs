@@ -118,8 +118,8 @@ enum Found<'a> {
 ///   left them, apart from the changes of `migrate_*_pages()`.
 /// - If `order` is large, these are the pages of one folio or of one hole, and only the first
 ///   element of `src` stands for it.
-/// - Each of these elements of `dst` is zero or a [`NewFolio`] of this order. If `moved` is set, the
-///   folio holds the data of the page in `src`.
+/// - Each of these elements of `dst` is zero or a [`NewFolio`] of this order. If `moved` is set,
+///   the folio holds the data of the page in `src`.
 struct Locked<'a> {
     /// The pool that the pages come from, or go to.
     pool: &'a Pool,

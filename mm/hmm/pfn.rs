@@ -145,8 +145,8 @@ impl HmmPfn {
         ((self.0 & ORDER) >> ORDER_SHIFT) as u32
     }
 
-    /// Whether this page, at `va`, is the next one after `last` in the same large mapping, and so in
-    /// the same folio.
+    /// Whether this page, at `va`, is the next one after `last` in the same large mapping, and so
+    /// in the same folio.
     #[inline]
     pub(crate) const fn is_next_of(self, last: Self, va: usize) -> bool {
         let block = PAGE_SIZE << self.order();

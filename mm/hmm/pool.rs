@@ -349,8 +349,8 @@ pub(crate) unsafe fn address_of(page: *mut bindings::page) -> usize {
 /// `page` must belong to a chunk, and must not be the tail of a folio in use. The chunk must not be
 /// freed meanwhile.
 pub(crate) unsafe fn data_of(page: *mut bindings::page) -> *mut c_void {
-    // SAFETY: The page has a `struct page`, since its chunk is not freed. mm does not use the field,
-    // except in tails (see the # Safety section).
+    // SAFETY: The page has a `struct page`, since its chunk is not freed. mm does not use the
+    // field, except in tails (see the # Safety section).
     unsafe { (*page).__bindgen_anon_1.__bindgen_anon_4.zone_device_data }
 }
 
@@ -523,8 +523,8 @@ impl Pool {
         })
     }
 
-    /// Tells the driver that the folios with these first pages, of `pages` pages each, have migrated
-    /// to system memory.
+    /// Tells the driver that the folios with these first pages, of `pages` pages each, have
+    /// migrated to system memory.
     ///
     /// # Safety
     ///
@@ -541,8 +541,8 @@ impl Pool {
         };
         let _callback = Callback::begin();
         for head in heads {
-            // SAFETY: The folio is of this pool and is referenced (see the # Safety section), so its
-            // data is still there: `Pool::give_up()` waits for the guard.
+            // SAFETY: The folio is of this pool and is referenced (see the # Safety section), so
+            // its data is still there: `Pool::give_up()` waits for the guard.
             unsafe { driver.ops.migrated_to_ram(data_of(head), pages, reason) };
         }
     }
@@ -637,8 +637,8 @@ impl Pool {
         *chunks = KVec::new();
     }
 
-    /// Fills `pfns` with the pfns of the oldest folios in use, makes these the youngest, and returns
-    /// how many there are, and their order, which is the same for all.
+    /// Fills `pfns` with the pfns of the oldest folios in use, makes these the youngest, and
+    /// returns how many there are, and their order, which is the same for all.
     pub(crate) fn rotate_oldest(&self, pfns: &mut [usize]) -> (usize, Order) {
         self.slots.lock().rotate_oldest(pfns)
     }

@@ -48,8 +48,8 @@ pub unsafe trait PageData: Clone + Send + 'static {
     ///
     /// # Safety
     ///
-    /// `raw` must come from [`PageData::into_raw`], and this must not be called twice for it, unless
-    /// the value that it returns is not dropped.
+    /// `raw` must come from [`PageData::into_raw`], and this must not be called twice for it,
+    /// unless the value that it returns is not dropped.
     unsafe fn from_raw(raw: *mut c_void) -> Self;
 }
 
@@ -164,8 +164,8 @@ pub trait PoolOps: Send + Sync + 'static {
     ///
     /// If this fails, or has not performed all of `batch`, the copies are discarded and all pages
     /// stay where they were. On the way to system memory the core then calls this again for each
-    /// folio alone, and splits a large folio if the error is not transient. If a CPU waits for one of these pages, the error for this page decides what
-    /// happens:
+    /// folio alone, and splits a large folio if the error is not transient. If a CPU waits for one
+    /// of these pages, the error for this page decides what happens:
     ///
     /// - [`EAGAIN`], [`EBUSY`] and [`EINTR`] are transient: the CPU waits, killably, and faults
     ///   again.
@@ -191,9 +191,10 @@ pub trait PoolOps: Send + Sync + 'static {
         reason: MigrateReason,
     );
 
-    /// A folio of `pages` pages was freed. Gives its data back to the driver, once for each folio. If
-    /// a folio was split, each page gives its clone back, with a `pages` of 1. So the sum of `pages`
-    /// is that of the pages for which the driver has given data, but the number of calls is not.
+    /// A folio of `pages` pages was freed. Gives its data back to the driver, once for each folio.
+    /// If a folio was split, each page gives its clone back, with a `pages` of 1. So the sum of
+    /// `pages` is that of the pages for which the driver has given data, but the number of calls is
+    /// not.
     ///
     /// This is also called if the folio did not migrate in the end, and without a call of
     /// [`PoolOps::migrated_to_ram`] if the process has unmapped it.

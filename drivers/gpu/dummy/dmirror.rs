@@ -236,24 +236,24 @@ fn range(addr: u64, npages: u64) -> Result<PageRange> {
     PageRange::from_len(start, pages.checked_mul(PAGE_SIZE).ok_or(EINVAL)?)
 }
 
-/// Allocates an empty buffer with room for the bytes of `range`.
-fn bounce(range: PageRange) -> Result<KVVec<u8>> {
-    if range.len() > MAX_BYTES {
-        return Err(ENOMEM);
+/// Fails with [`ENOMEM`] if one command cannot copy the bytes of `range`.
+fn check_size(range: PageRange) -> Result {
+    match range.len() {
+        0..=MAX_BYTES => Ok(()),
+        _ => Err(ENOMEM),
     }
-    Ok(KVVec::with_capacity(range.len(), GFP_KERNEL_ACCOUNT)?)
 }
 
-/// Iterates over the pages of `range` for which there are `bytes`: the address of each, and its part
-/// of them.
+/// Iterates over the pages of `range` for which there are `bytes`: the address of each, and its
+/// part of them.
 fn pages(range: PageRange, bytes: &mut [u8]) -> impl Iterator<Item = (usize, &mut [u8])> {
     (range.start()..range.end())
         .step_by(PAGE_SIZE)
         .zip(bytes.chunks_exact_mut(PAGE_SIZE))
 }
 
-/// Calls `access_page` for the pages of `range` for which there are `bytes`. If it misses, faults the
-/// rest of the range for `access` and calls it again for the same page.
+/// Calls `access_page` for the pages of `range` for which there are `bytes`. If it misses, faults
+/// the rest of the range for `access` and calls it again for the same page.
 fn access(
     svm: &Svm,
     range: PageRange,
@@ -276,8 +276,8 @@ fn access(
     Ok(done)
 }
 
-/// Copies the bytes of `range` to user memory, up to 2 MiB at a time. Calls `read` with what is left
-/// of the range, and a buffer for its first bytes.
+/// Copies the bytes of `range` to user memory, up to 2 MiB at a time. Calls `read` with what is
+/// left of the range, and a buffer for its first bytes.
 fn copy_out(
     range: PageRange,
     ptr: UserPtr,
@@ -301,6 +301,7 @@ fn copy_out(
 }
 
 fn read(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
+    check_size(range)?;
     let mut bufs = FaultBuffers::new()?;
 
     copy_out(range, ptr, |rest, bytes| {
@@ -311,7 +312,8 @@ fn read(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
 }
 
 fn write(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
-    let mut bytes = bounce(range)?;
+    check_size(range)?;
+    let mut bytes = KVVec::with_capacity(range.len(), GFP_KERNEL_ACCOUNT)?;
     let mut bufs = FaultBuffers::new()?;
     UserSlice::new(ptr, range.len()).read_all(&mut bytes, GFP_KERNEL_ACCOUNT)?;
 
@@ -422,6 +424,7 @@ fn check_readable(svm: &Svm, range: PageRange, bufs: &mut FaultBuffers) -> Resul
 }
 
 fn migrate_to_device(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
+    check_size(range)?;
     let mut bufs = FaultBuffers::new()?;
 
     check_readable(svm, range, &mut bufs)?;
@@ -446,6 +449,7 @@ fn migrate_to_system(svm: &Svm, range: PageRange, _ptr: UserPtr) -> Result<Done>
 }
 
 fn exclusive(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> {
+    check_size(range)?;
     let mut bufs = FaultBuffers::new()?;
 
     for va in (range.start()..range.end()).step_by(PAGE_SIZE) {

@@ -95,8 +95,8 @@ impl Drop for TableStats {
 }
 
 impl Translations {
-    /// Checks whether the GPU may access the `len` bytes at `va` with `access`. Returns the [`Miss`]
-    /// at the first page if not.
+    /// Checks whether the GPU may access the `len` bytes at `va` with `access`. Returns the
+    /// [`Miss`] at the first page if not.
     fn check(&self, va: usize, len: usize, access: Access) -> Result<(), Miss> {
         let mmu = self.mmu.lock();
 

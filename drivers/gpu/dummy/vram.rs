@@ -16,7 +16,10 @@ use super::{
         Counter,
         FileStats, //
     },
-    mmu::TABLE_SIZE, //
+    mmu::{
+        TABLE_ORDER,
+        TABLE_SIZE, //
+    }, //
 };
 use core::ops::Range;
 use hmm::{
@@ -182,7 +185,9 @@ impl Vram {
     ) -> Result<Migrated> {
         let start = need.start() / TABLE_SIZE * TABLE_SIZE;
         let is_like = like.start() <= start && start + TABLE_SIZE <= like.end();
-        if !is_like || TABLE_SIZE > self.size / OPERANDS {
+        // A buffer has room for the pages of a table.
+        let has_room = TABLE_ORDER >= MigrateBuf::MAX_ORDER && TABLE_SIZE <= self.size / OPERANDS;
+        if !is_like || !has_room {
             let holes = match access {
                 Access::Read => Holes::Keep,
                 Access::Write => Holes::Populate,

@@ -105,20 +105,22 @@ FIXTURE_TEARDOWN(large)
 	close(self->fd);
 }
 
+#define LARGE	FIXTURE_DATA(large)
+
 /* The sum of a part of the folio as the device sees it at p, and as it should be. */
-static uint64_t device_sum(const FIXTURE_DATA(large) *self, const void *p, size_t length)
+static uint64_t device_sum(const LARGE *self, const void *p, size_t length)
 {
 	*self->result = 0;
 	return run(self->fd, gpu_unary(DUMMY_GPU_OP_SUM, self->result, p, length)) ?
 		GPU_UNTOUCHED : *self->result;
 }
 
-static uint64_t sum_of(const FIXTURE_DATA(large) *self, size_t first, size_t length)
+static uint64_t sum_of(const LARGE *self, size_t first, size_t length)
 {
 	return cpu_sum((uint64_t *)(self->copy + first), length);
 }
 
-static void to_device(struct __test_metadata *_metadata, const FIXTURE_DATA(large) *self)
+static void to_device(struct __test_metadata *_metadata, const LARGE *self)
 {
 	ASSERT_EQ(pages, prefetch_all(self->fd, self->p, huge, DUMMY_GPU_LOCATION_DEVICE));
 	ASSERT_EQ(pages, stats_of(_metadata, self->fd).large_to_device);
@@ -237,7 +239,7 @@ static uint8_t *protect(uint8_t *at)
  * The others stay in device memory, all but most of them, and the device goes on
  * without a copy or a migration.
  */
-static void others_stay(struct __test_metadata *_metadata, FIXTURE_DATA(large) *self,
+static void others_stay(struct __test_metadata *_metadata, LARGE *self,
 			uint8_t *(*change)(uint8_t *at), size_t most)
 {
 	uint8_t *at = self->p + 100 * page, *after = at + 16 * page, *now;
@@ -372,7 +374,7 @@ TEST_F(large, smaller_large_folios_move_as_pages)
  * or put them together. No word may ever have another value than it was given.
  */
 struct storm {
-	const FIXTURE_DATA(large) *self;
+	const LARGE *self;
 	uint8_t *p;
 	bool stop;
 	size_t turns, wrong;
@@ -431,7 +433,8 @@ static void *move_folios(void *arg)
 
 		/* How many of them move does not matter. */
 		prefetch_all(storm->self->fd, storm->p + random % FOLIOS * huge, huge,
-			     random >> 32 & 1 ? DUMMY_GPU_LOCATION_DEVICE : DUMMY_GPU_LOCATION_SYSTEM);
+			     random >> 32 & 1 ? DUMMY_GPU_LOCATION_DEVICE :
+						DUMMY_GPU_LOCATION_SYSTEM);
 	}
 	return NULL;
 }
@@ -453,7 +456,7 @@ static unsigned int seconds(void)
 	return said && atoi(said) > 0 ? atoi(said) : 3;
 }
 
-static void storm(struct __test_metadata *_metadata, const FIXTURE_DATA(large) *self,
+static void storm(struct __test_metadata *_metadata, const LARGE *self,
 		  void (*what)(uint8_t *p))
 {
 	void *(*const roles[])(void *) = { count_by_cpu, count_by_device, move_folios, disturb };
@@ -473,7 +476,8 @@ static void storm(struct __test_metadata *_metadata, const FIXTURE_DATA(large) *
 	stats = stats_of(_metadata, self->fd);
 	EXPECT_LT(0, stats.large_to_device);
 	TH_LOG("%zu turns, %llu pages to the device, %llu of them in large folios", storm.turns,
-	       (unsigned long long)stats.pages_to_device, (unsigned long long)stats.large_to_device);
+	       (unsigned long long)stats.pages_to_device,
+	       (unsigned long long)stats.large_to_device);
 	munmap(storm.p, FOLIOS * huge);
 }
 
