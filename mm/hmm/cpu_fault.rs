@@ -21,8 +21,8 @@ use super::{
 };
 use kernel::{
     bindings,
-    error::to_result,
     mm::virt::VmaRef,
+    page::PAGE_SHIFT,
     prelude::*,
     time::{
         delay::fsleep,
@@ -65,7 +65,7 @@ pub(crate) unsafe extern "C" fn migrate_to_ram(
     // chunk (see the # Safety section).
     let touched = unsafe {
         match has_pte {
-            true => cpu_fault(vma, va, page),
+            true => cpu_fault(vma, va, page, page),
             false => large_cpu_fault(vma, va, page),
         }
     };
@@ -127,17 +127,24 @@ unsafe fn large_cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) ->
     if block.start() == va {
         // SAFETY: The caller ensures the conditions (see the # Safety section).
         match unsafe { whole_cpu_fault(vma, block, page) } {
-            Err(err) if err != EAGAIN => {}
-            touched => return touched,
+            Ok(touched) => return Ok(touched),
+            Err(_) => {}
         }
     }
+    // The collection may have split it already, if the process has given up a part meanwhile.
+    //
     // SAFETY: The folio is locked, and the caller has a reference to it (see the # Safety section).
-    let split = to_result(unsafe { bindings::split_folio(page.cast()) });
-    match split {
-        // SAFETY: The caller ensures the conditions (see the # Safety section).
-        Ok(()) => unsafe { cpu_fault(vma, va, page) },
-        Err(_) => Ok(Touched::Held),
+    let is_held = unsafe {
+        let folio = page.cast();
+        bindings::folio_test_large(folio) && bindings::split_folio(folio) != 0
+    };
+    if is_held {
+        return Ok(Touched::Held);
     }
+    let touched = page.wrapping_add((va - block.start()) >> PAGE_SHIFT);
+    // SAFETY: The caller ensures the conditions (see the # Safety section). The PMD has mapped the
+    // folio at `block`.
+    unsafe { cpu_fault(vma, va, page, touched) }
 }
 
 /// Migrates the large folio at `block` to a large folio of system memory.
@@ -176,8 +183,14 @@ unsafe fn whole_cpu_fault(
 ///
 /// # Safety
 ///
-/// `page` is of a chunk, locked and referenced; `mmap_lock` is held.
-unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Result<Touched> {
+/// `page` is of a chunk, locked and referenced; `mmap_lock` is held. `touched` is the page that was
+/// mapped at `va`, of the same chunk.
+unsafe fn cpu_fault(
+    vma: &VmaRef,
+    va: usize,
+    page: *mut bindings::page,
+    touched: *mut bindings::page,
+) -> Result<Touched> {
     // SAFETY: The page is of a chunk and the caller holds a reference to it (see the # Safety
     // section).
     let pool = unsafe { pool_of(page) };
@@ -203,8 +216,9 @@ unsafe fn cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) -> Resul
         .commit(MigrateReason::CpuFault);
     let came = need.is_some_and(|need| committed.has_moved(need));
     drop(committed);
-    // SAFETY: The caller holds a reference to the page (see the # Safety section).
-    let mapped = unsafe { bindings::folio_mapped(page.cast()) };
+    // SAFETY: The page has a `struct page`, since the caller holds a reference to a page of its
+    // chunk (see the # Safety section).
+    let mapped = unsafe { bindings::folio_mapped(bindings::page_folio(touched)) };
     Ok(match came || gone || !mapped {
         true => Touched::Done,
         false => Touched::Held,

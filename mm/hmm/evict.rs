@@ -8,7 +8,6 @@ use super::{
     folio::Effort,
     migrate_vma::{
         drain,
-        is_transient,
         Arrays,
         Collected,
         BATCH, //
@@ -65,8 +64,10 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
 }
 
 /// Migrates the large folio that starts at `pfn` to system memory. If there is no large folio for
-/// it, or the device cannot copy all of it now or later, splits it and migrates its first pages,
-/// allocated with `effort`. Returns the number of pages that moved.
+/// it, or the device cannot copy all of it, splits it and migrates its first pages, allocated with
+/// `effort`. Returns the number of pages that moved.
+///
+/// A folio that no PMD maps is split at once: the process may have given up a part of it.
 ///
 /// # Errors
 ///
@@ -76,13 +77,18 @@ pub(crate) unsafe fn evict_pfns(pool: &Pool, pfns: &mut [usize], effort: Effort)
 ///
 /// The pages are of a chunk of `pool`, which is not freed meanwhile.
 unsafe fn evict_large(pool: &Pool, pfn: usize, order: Order, effort: Effort) -> Result<usize> {
-    // SAFETY: The caller ensures the conditions (see the # Safety section).
-    match unsafe { evict_whole(pool, pfn, order) } {
-        Err(err) if err != ENODEV && !is_transient(err) => {}
-        moved => return moved,
-    }
     // SAFETY: The chunk has a `struct page` for the pfn.
-    unsafe { split(bindings::page_folio(bindings::pfn_to_page(pfn))) };
+    let folio = unsafe { bindings::page_folio(bindings::pfn_to_page(pfn)) };
+    // SAFETY: The folio has a `struct page`, since the chunk is not freed.
+    if !unsafe { split(folio, true) } {
+        // SAFETY: The caller ensures the conditions (see the # Safety section).
+        match unsafe { evict_whole(pool, pfn, order) } {
+            Err(err) if err != ENODEV => {}
+            moved => return moved,
+        }
+        // SAFETY: The folio has a `struct page`, since the chunk is not freed.
+        unsafe { split(folio, false) };
+    }
     let mut pfns = [0; BATCH];
     for (page, first) in pfns.iter_mut().zip(pfn..) {
         *page = first;
@@ -118,25 +124,32 @@ unsafe fn evict_whole(pool: &Pool, pfn: usize, order: Order) -> Result<usize> {
     Ok(committed.pages())
 }
 
-/// Splits a folio into single pages, unless somebody else has a reference to it or its lock.
+/// Splits a large folio into single pages, unless somebody else has a reference to it or its lock.
+/// Keeps it if `keeps_mapped` is true and a PMD maps it. Returns whether it was split.
 ///
 /// # Safety
 ///
-/// The folio is valid, or was freed and may be in use again.
-unsafe fn split(folio: *mut bindings::folio) {
+/// The folio has a `struct page`. It may have been freed and be in use again, with any size.
+unsafe fn split(folio: *mut bindings::folio, keeps_mapped: bool) -> bool {
+    let mut is_split = false;
     // SAFETY: The folio has a `struct page` (see the # Safety section).
     if !unsafe { bindings::folio_try_get(folio) } {
-        return;
+        return false;
     }
     // SAFETY: This function has a reference to the folio.
     if unsafe { bindings::folio_trylock(folio) } {
-        // SAFETY: The folio is locked and referenced. If it has one page, this fails.
-        unsafe { bindings::split_folio(folio) };
+        // SAFETY: The folio is locked and referenced, so its size does not change.
+        is_split = unsafe {
+            bindings::folio_test_large(folio)
+                && !(keeps_mapped && bindings::folio_entire_mapcount(folio) != 0)
+                && bindings::split_folio(folio) == 0
+        };
         // SAFETY: The folio was locked above. After a split, the lock is that of its first page.
         unsafe { bindings::folio_unlock(folio) };
     }
     // SAFETY: This function has a reference to the folio.
     unsafe { bindings::folio_put(folio) };
+    is_split
 }
 
 /// Makes room for a block of `order`: in a new chunk, or by evicting as many pages as it has. The

@@ -19,7 +19,6 @@ use super::{
     },
     migrate_vma::{
         drain,
-        is_transient,
         Arrays,
         Collected,
         Committed,
@@ -295,10 +294,8 @@ impl MirroredMm<'_> {
                 unsafe { Collected::<ToRam>::at(pool, vma, range, most, null_mut(), arrays) }?;
             let order = collected.order();
             match collected.copy(Effort::Reclaim, None) {
-                // Without a large folio, or if the device cannot copy all of it, now or later.
-                Err(err) if order.is_large() && err != ENODEV && !is_transient(err) => {
-                    most = Order::PAGE
-                }
+                // Without a large folio, or if the device cannot copy all of it.
+                Err(err) if order.is_large() && err != ENODEV => most = Order::PAGE,
                 copied => {
                     let mut migrated = Migrated::none(range);
                     migrated.add(&copied?.commit(MigrateReason::Request), order);
@@ -374,7 +371,7 @@ impl MirroredMm<'_> {
                     };
                     scan.device |= is_own;
                     scan.system |= !is_own && is_anon || is_zero && holes == Holes::Populate;
-                    if index == 0 && !is_own && pfn.order() >= Order::MAX.get() {
+                    if index == 0 && !is_own && pfn.order() == Order::MAX.get() {
                         scan.first = First::Large;
                     }
                 }
@@ -552,8 +549,14 @@ impl Round {
             collected = unsafe { Collected::<ToDevice>::at(pool, vma, range, most, arrays) }?;
         }
         let order = collected.order();
-        let (copied, short) = collected.copy(&mut reservation, holes, data)?;
-        migrated.add(&copied.commit(), order);
+        let populates = !collected.has_folio() && holes == Holes::Populate;
+        let (copied, mut short) = collected.copy(&mut reservation, holes, data)?;
+        let committed = copied.commit();
+        migrated.add(&committed, order);
+        // There may be a charge for one page, though not for a large folio.
+        if order.is_large() && populates && committed.pages() == 0 {
+            short = order.pages();
+        }
         Ok((short, order))
     }
 }

@@ -327,7 +327,8 @@ impl<'a, Way> Collected<'a, Way> {
     }
 
     /// Locks and unmaps the pages of `range` of `vma` that `select` names, by
-    /// `migrate_vma_setup()`. A folio that is larger than `most` is split.
+    /// `migrate_vma_setup()`. A folio that is larger than `most` is split, and so is one that a PMD
+    /// maps if PMDs map more or fewer pages than [`Order::MAX`].
     ///
     /// Pages that somebody else has locked or has a reference to are left alone. The notifiers run.
     ///
@@ -349,7 +350,9 @@ impl<'a, Way> Collected<'a, Way> {
         if arrays.len() < range.pages() {
             return Err(EINVAL);
         }
-        let compound = match most.is_large() {
+        // SAFETY: Always safe to call.
+        let is_pmd = unsafe { bindings::pmd_order() } == Order::MAX.get();
+        let compound = match most.is_large() && is_pmd {
             true => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_COMPOUND,
             false => 0,
         };
@@ -424,8 +427,8 @@ impl<'a> Collected<'a, ToDevice> {
     /// Copies the pages to device pages of `reservation`, which takes free pages of the pool as far
     /// as there are any. Zeroes the device memory for holes. A page stays where it is if `data`
     /// fails for it. Also returns the number of pages that stay because no device page was left for
-    /// them: all of them, if this is a large folio and the pool has no free block of this size, or
-    /// `data` fails for the folio.
+    /// them: all of them, if this is a large folio and the pool has no free block of this size,
+    /// `data` fails for the folio, or the device cannot copy it.
     ///
     /// # Errors
     ///
@@ -485,9 +488,16 @@ impl<'a> Collected<'a, ToDevice> {
             // INVARIANT: The element is a `NewFolio` of the pool.
             locked.arrays.dst[i] = folio.into_mpfn();
         }
-        self.0.copy(&driver, 0..count, true)?;
+        match self.0.copy(&driver, 0..count, true) {
+            // The device may be able to copy the pages one by one.
+            Err(err) if order.is_large() && err != ENODEV => {
+                self.0.forget_dst(0);
+                short = order.pages();
+            }
+            copied => copied?,
+        }
         // INVARIANT: The sources are unchanged, and `dst` got only folios of `reservation`, which
-        // is of the same pool. The device has copied all of them.
+        // is of the same pool. The device has copied all that are left.
         Ok((Copied::new(self.0, Some(driver)), short))
     }
 }
@@ -737,7 +747,7 @@ impl<'a> Committed<'a> {
 
 /// Whether `err` means that the driver can copy the page later: see
 /// [`PoolOps::copy`](super::PoolOps::copy).
-pub(crate) fn is_transient(err: Error) -> bool {
+fn is_transient(err: Error) -> bool {
     [EAGAIN, EBUSY, EINTR].contains(&err)
 }
 

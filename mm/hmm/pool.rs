@@ -7,8 +7,10 @@
 //! left, and keeps all chunks until it ends. This file owns the chunks, the page allocator and the
 //! data that the driver keeps for each page. The migration of pages is built on it, in other files.
 //!
-//! Lock order: folio locks, then `page_data`, then `slots`. `chunks` is taken with no folio lock
-//! held, since adding a chunk allocates memory and hot-plugs it.
+//! Lock order: folio locks, the locks of a page table and of an LRU list, then `page_data`, then
+//! `slots`. The latter two disable interrupts, since interrupt handlers take the lock of an LRU
+//! list. `chunks` is taken with no folio lock held, since adding a chunk allocates memory and
+//! hot-plugs it.
 //!
 //! C header: [`include/linux/memremap.h`](srctree/include/linux/memremap.h)
 
@@ -42,7 +44,7 @@ use kernel::{
     bindings,
     error::from_err_ptr,
     new_mutex,
-    new_spinlock,
+    new_spinlock_irq,
     page::PAGE_SHIFT,
     prelude::*,
     revocable::Revocable,
@@ -55,7 +57,7 @@ use kernel::{
         static_lock_class,
         Arc,
         Mutex,
-        SpinLock, //
+        SpinLockIrq, //
     },
     types::Opaque,
     workqueue::{
@@ -81,7 +83,7 @@ pub(crate) struct Pool {
     /// The driver, as long as it has data of pages. Locked while data is given back, and while a
     /// folio is split, which copies its data.
     #[pin]
-    page_data: SpinLock<Option<Arc<dyn Ops>>>,
+    page_data: SpinLockIrq<Option<Arc<dyn Ops>>>,
     /// Whether the device is lost. The driver is not asked for copies any more.
     lost: Atomic<bool>,
     /// A copy, since the driver may go before the chunks.
@@ -91,7 +93,7 @@ pub(crate) struct Pool {
     #[pin]
     chunks: Mutex<KVec<Pin<KBox<Chunk>>>>,
     #[pin]
-    slots: SpinLock<Slots>,
+    slots: SpinLockIrq<Slots>,
     pagemap_ops: &'static bindings::dev_pagemap_ops,
     /// The device, if it copies by DMA.
     dma: Option<Arc<Dma>>,
@@ -483,14 +485,14 @@ impl Pool {
         let slots = Slots::new(chunk_pages, max_chunks)?;
         let name = CString::try_from(name)?;
         let init = try_pin_init!(Self {
-            page_data <- new_spinlock!(Some(ops.ops.clone()), "hmm_page_data"),
+            page_data <- new_spinlock_irq!(Some(ops.ops.clone()), "hmm_page_data"),
             ops <- Revocable::new(ops),
             calls <- RwSem::new((), c"hmm_pool::calls", static_lock_class!()),
             lost: Atomic::new(false),
             name,
             chunk_pages,
             chunks <- new_mutex!(KVec::new(), "hmm_chunks"),
-            slots <- new_spinlock!(slots, "hmm_slots"),
+            slots <- new_spinlock_irq!(slots, "hmm_slots"),
             pagemap_ops,
             dma,
             module,

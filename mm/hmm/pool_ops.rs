@@ -23,7 +23,8 @@ use kernel::{
 /// refer to an address or an mm.
 ///
 /// A large folio has one value for all its pages. If mm splits it, each page gets a clone. The
-/// clone is made with spinlocks held, so it must neither sleep nor allocate memory.
+/// clone is made with spinlocks held and interrupts disabled, so it must neither sleep nor allocate
+/// memory.
 ///
 /// # Safety
 ///
@@ -164,8 +165,8 @@ pub trait PoolOps: Send + Sync + 'static {
     ///
     /// If this fails, or has not performed all of `batch`, the copies are discarded and all pages
     /// stay where they were. On the way to system memory the core then calls this again for each
-    /// folio alone, and splits a large folio if the error is not transient. If a CPU waits for one
-    /// of these pages, the error for this page decides what happens:
+    /// folio alone, and splits a large folio if that fails too. If a CPU waits for one of these
+    /// pages, the error for this page decides what happens:
     ///
     /// - [`EAGAIN`], [`EBUSY`] and [`EINTR`] are transient: the CPU waits, killably, and faults
     ///   again.
@@ -201,10 +202,10 @@ pub trait PoolOps: Send + Sync + 'static {
     ///
     /// # Context
     ///
-    /// Atomic: a page table lock or folio locks may be held. This method may take a spinlock only
-    /// if nobody holds that spinlock while allocating memory or accessing user memory, since both
-    /// may free pages. Dropping `data` must not sleep; in particular it must not drop the last
-    /// reference to an mm.
+    /// Atomic, with interrupts disabled: a page table lock or folio locks may be held. This method
+    /// may take a spinlock only if nobody holds that spinlock while allocating memory or accessing
+    /// user memory, since both may free pages. Dropping `data` must not sleep; in particular it
+    /// must not drop the last reference to an mm.
     fn page_freed(&self, data: Self::PageData, pages: usize);
 }
 

@@ -18,7 +18,7 @@ pub(crate) struct Order(u8);
 impl Order {
     /// One page.
     pub(crate) const PAGE: Self = Self(0);
-    /// The largest block: 2 MiB with 4 KiB pages. Where a PMD maps more pages than that, large
+    /// The largest block: 2 MiB with 4 KiB pages. Where a PMD does not map as many pages, large
     /// folios are split.
     pub(crate) const MAX: Self = Self(9);
 

@@ -186,6 +186,22 @@ __rust_helper bool rust_helper_folio_trylock(struct folio *folio)
 	return folio_trylock(folio);
 }
 
+__rust_helper bool rust_helper_folio_test_large(const struct folio *folio)
+{
+	return folio_test_large(folio);
+}
+
+__rust_helper int rust_helper_folio_entire_mapcount(const struct folio *folio)
+{
+	return folio_entire_mapcount(folio);
+}
+
+/* PMD_ORDER is not a constant on all architectures. */
+__rust_helper unsigned int rust_helper_pmd_order(void)
+{
+	return PMD_ORDER;
+}
+
 __rust_helper unsigned long
 rust_helper_thp_vma_allowable_orders(struct vm_area_struct *vma,
 				     vm_flags_t vm_flags, enum tva_type type,

@@ -245,6 +245,67 @@ mod tests {
     }
 
     #[test]
+    fn a_cpu_may_touch_any_page_of_a_folio_of_which_a_part_is_gone() -> Result {
+        for touched in [5, 0, 17, LARGE - 1] {
+            with_user_mm(|mm| {
+                let mut setup = Setup::<u64>::new(1)?;
+                let range = map_large(mm)?;
+                assert_eq!(setup.migrate_in(range)?, LARGE);
+                super::super::zap(mm.mm(), page(range, 100)?);
+                assert!(holds(range, touched..touched + 1)?);
+                assert!((LARGE - 17..LARGE).contains(&setup.used()));
+                assert!(holds(range, 0..100)? && holds(range, 101..LARGE)?);
+                assert_eq!(setup.used(), 0);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_process_has_given_up_is_not_evicted() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            assert_eq!(setup.migrate_in(range)?, LARGE);
+            let gone = PageRange::from_len(range.start(), (LARGE - 1) * PAGE_SIZE)?;
+            super::super::zap(mm.mm(), gone);
+            setup.pool.evict()?;
+            assert_eq!(setup.device.home(MigrateReason::Evict), 1);
+            assert_eq!(setup.used(), 0);
+            assert!(holds(range, LARGE - 1..LARGE)?);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_folio_that_the_device_cannot_copy_whole_goes_page_by_page() -> Result {
+        with_user_mm(|mm| {
+            let mut setup = Setup::<u64>::new(1)?;
+            let range = map_large(mm)?;
+            let device = setup.device.clone();
+            device.bad.store(7 * PAGE_SIZE, Relaxed);
+            let Setup {
+                mirror, pool, buf, ..
+            } = &mut setup;
+            let data = |pages| {
+                if pages == 1 {
+                    device.bad.store(usize::MAX, Relaxed);
+                }
+                Ok(1)
+            };
+            let moved = mirror
+                .mm()?
+                .migrate_to_device(pool, range, Holes::Keep, buf, data)?;
+            assert_eq!((moved.pages(), moved.large_pages()), (LARGE, 0));
+            assert_eq!(setup.order(), Some(Order::PAGE));
+            assert!(holds(range, 0..LARGE)?);
+            assert_eq!(setup.used(), 0);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn a_hole_becomes_a_large_folio_of_zeroes() -> Result {
         with_user_mm(|mm| {
             let mut setup = Setup::<u64>::new(1)?;
