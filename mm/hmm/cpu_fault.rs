@@ -126,9 +126,9 @@ unsafe fn large_cpu_fault(vma: &VmaRef, va: usize, page: *mut bindings::page) ->
     let block = PageRange::aligned_block(va, Order::MAX.get())?;
     if block.start() == va {
         // SAFETY: The caller ensures the conditions (see the # Safety section).
-        match unsafe { whole_cpu_fault(vma, block, page) } {
-            Ok(touched) => return Ok(touched),
-            Err(_) => {}
+        let touched = unsafe { whole_cpu_fault(vma, block, page) };
+        if touched.is_ok() {
+            return touched;
         }
     }
     // The collection may have split it already, if the process has given up a part meanwhile.

@@ -125,6 +125,31 @@ mod tests {
     }
 
     #[test]
+    fn the_pages_of_a_split_block_take_its_place_and_merge_again() -> Result {
+        let mut slots = slots(1, 1)?;
+        let pfn = |page: usize| (1 << 20) + page;
+        let block = slots.alloc(Order::MAX).ok_or(ENOMEM)?;
+        let other = slots.alloc(Order::PAGE).ok_or(ENOMEM)?;
+        slots.mark_used(block, node()?);
+        slots.mark_used(other, node()?);
+        assert_eq!(slots.rotate_oldest(&mut [0; 4]), (1, Order::MAX));
+        assert_eq!(slots.folio_order(block), Order::MAX);
+        slots.split(block);
+        assert_eq!(slots.folio_order(block), Order::PAGE);
+        assert_eq!(slots.node(block + 7), Some(node()?));
+        let mut pfns = [0; 3];
+        assert_eq!(slots.rotate_oldest(&mut pfns), (3, Order::PAGE));
+        assert_eq!(pfns, [pfn(other), pfn(block), pfn(block + 1)]);
+        for page in Iterator::chain(block..block + BLOCK, [other]) {
+            slots.mark_unused(page);
+            slots.free(page)?;
+        }
+        assert!(slots.is_idle());
+        assert!(slots.alloc(Order::MAX).is_some() && slots.alloc(Order::MAX).is_some());
+        Ok(())
+    }
+
+    #[test]
     fn a_page_in_use_keeps_its_node_while_it_is_in_use() -> Result {
         let mut slots = slots(1, 1)?;
         for (page, nid) in [(0, 1), (1, 2)] {

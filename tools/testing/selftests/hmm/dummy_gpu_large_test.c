@@ -509,6 +509,25 @@ TEST_F_TIMEOUT(large, nothing_is_lost_while_folios_are_split, STORM_TIMEOUT)
 	storm(_metadata, self, split);
 }
 
+/* What is split is put together by khugepaged, which does not rest. */
+TEST_F_TIMEOUT(large, nothing_is_lost_while_khugepaged_runs, STORM_TIMEOUT)
+{
+	static const char *const files[] = {
+		THP "khugepaged/scan_sleep_millisecs", THP "khugepaged/alloc_sleep_millisecs",
+	};
+	char before[ARRAY_SIZE(files)][40];
+
+	if (access("/sys/kernel/debug/split_huge_pages", W_OK))
+		SKIP(return, "no debugfs");
+	for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
+		ASSERT_NE(NULL, read_from(files[i], before[i], sizeof(before[i])));
+		ASSERT_TRUE(write_to(files[i], "0"));
+	}
+	storm(_metadata, self, split);
+	for (size_t i = 0; i < ARRAY_SIZE(files); i++)
+		EXPECT_TRUE(write_to(files[i], before[i]));
+}
+
 static void compact(uint8_t *p)
 {
 	(void)p;
