@@ -11,6 +11,7 @@ use super::{
         drain,
         Arrays,
         Collected,
+        LargeArrays,
         ToRam,
         BATCH, //
     },
@@ -160,13 +161,8 @@ unsafe fn whole_cpu_fault(
     // SAFETY: The page is of a chunk and the caller holds a reference to it (see the # Safety
     // section).
     let pool = unsafe { pool_of(page) };
-    let mut src = KVVec::from_elem(0, block.pages(), GFP_KERNEL | __GFP_NOWARN)?;
-    let mut dst = KVVec::from_elem(0, block.pages(), GFP_KERNEL | __GFP_NOWARN)?;
-    let arrays = Arrays {
-        src: &mut src,
-        dst: &mut dst,
-        copies: &mut [PageCopy::NONE],
-    };
+    let mut arrays = LargeArrays::new(Order::MAX)?;
+    let arrays = arrays.get();
     // SAFETY: The caller holds mmap_lock and a lock and a reference on the page, which is of `pool`
     // (see the # Safety section).
     let collected = unsafe { Collected::<ToRam>::at(pool, vma, block, Order::MAX, page, arrays) }?;

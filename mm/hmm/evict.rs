@@ -10,6 +10,7 @@ use super::{
         drain,
         Arrays,
         Collected,
+        LargeArrays,
         BATCH, //
     },
     pool::{
@@ -104,20 +105,14 @@ unsafe fn evict_large(pool: &Pool, pfn: usize, order: Order, effort: Effort) -> 
 ///
 /// As for [`evict_large`].
 unsafe fn evict_whole(pool: &Pool, pfn: usize, order: Order) -> Result<usize> {
-    let pages = order.pages();
-    let mut src = KVVec::with_capacity(pages, GFP_KERNEL | __GFP_NOWARN)?;
-    for pfn in pfn..pfn + pages {
-        src.push(pfn, GFP_KERNEL)?;
+    let mut arrays = LargeArrays::new(order)?;
+    let arrays = arrays.get();
+    for (src, pfn) in arrays.src.iter_mut().zip(pfn..) {
+        *src = pfn;
     }
-    let mut dst = KVVec::from_elem(0, pages, GFP_KERNEL | __GFP_NOWARN)?;
-    let arrays = Arrays {
-        src: &mut src,
-        dst: &mut dst,
-        copies: &mut [PageCopy::NONE],
-    };
     // SAFETY: The pfns are of a chunk of `pool`, which is not freed meanwhile (see the # Safety
     // section).
-    let collected = unsafe { Collected::pfns(pool, arrays, pages) };
+    let collected = unsafe { Collected::pfns(pool, arrays, order.pages()) };
     let committed = collected
         .copy(Effort::Try, None)?
         .commit(MigrateReason::Evict);

@@ -199,9 +199,22 @@ impl MirroredMm<'_> {
         range: PageRange,
         holes: Holes,
         buf: &mut MigrateBuf,
+        data: impl FnMut(usize) -> Result<T::PageData>,
+    ) -> Result<Migrated> {
+        self.to_device(pool, range, holes, false, buf, data)
+    }
+
+    #[inline]
+    fn to_device<T: PoolOps>(
+        &self,
+        pool: &DevicePool<T>,
+        range: PageRange,
+        holes: Holes,
+        whole: bool,
+        buf: &mut MigrateBuf,
         mut data: impl FnMut(usize) -> Result<T::PageData>,
     ) -> Result<Migrated> {
-        migrate_to_device(self, pool.pool(), range, holes, false, buf, &mut |pages| {
+        migrate_to_device(self, pool.pool(), range, holes, whole, buf, &mut |pages| {
             // SAFETY: The data is for pages of `pool`, whose driver is `T` and has this type of
             // page data.
             data(pages).map(|data| unsafe { RawData::new(data) })
@@ -236,17 +249,9 @@ impl MirroredMm<'_> {
         need: PageRange,
         access: Access,
         buf: &mut MigrateBuf,
-        mut data: impl FnMut(usize) -> Result<T::PageData>,
+        data: impl FnMut(usize) -> Result<T::PageData>,
     ) -> Result<Migrated> {
-        let holes = match access {
-            Access::Read => Holes::Keep,
-            Access::Write => Holes::Populate,
-        };
-        migrate_to_device(self, pool.pool(), need, holes, true, buf, &mut |pages| {
-            // SAFETY: The data is for pages of `pool`, whose driver is `T` and has this type of
-            // page data.
-            data(pages).map(|data| unsafe { RawData::new(data) })
-        })
+        self.to_device(pool, need, Holes::for_access(access), true, buf, data)
     }
 
     /// Migrates the pages of `range` that are in the memory of the device back to system memory.

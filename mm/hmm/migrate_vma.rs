@@ -34,6 +34,7 @@ use super::{
         Effort,
         NewFolio, //
     },
+    pfn::Access,
     pool::{
         address_of,
         Driver,
@@ -75,6 +76,17 @@ pub enum Holes {
     Populate,
 }
 
+impl Holes {
+    /// What suits an access by the device: only a write populates, as for an access by the CPU.
+    #[inline]
+    pub fn for_access(access: Access) -> Self {
+        match access {
+            Access::Read => Self::Keep,
+            Access::Write => Self::Populate,
+        }
+    }
+}
+
 /// The most pages that migrate together if the arrays are on the stack.
 pub(crate) const BATCH: usize = 16;
 
@@ -99,6 +111,35 @@ impl Arrays<'_> {
     /// The number of pages that the arrays have room for.
     fn len(&self) -> usize {
         self.src.len().min(self.dst.len())
+    }
+}
+
+/// The arrays for one large folio, which are too large for the stack.
+pub(crate) struct LargeArrays {
+    src: KVVec<usize>,
+    dst: KVVec<usize>,
+    copies: [PageCopy; 1],
+}
+
+impl LargeArrays {
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
+    pub(crate) fn new(order: Order) -> Result<Self> {
+        let zeroes = || KVVec::from_elem(0, order.pages(), GFP_KERNEL | __GFP_NOWARN);
+        Ok(Self {
+            src: zeroes()?,
+            dst: zeroes()?,
+            copies: [PageCopy::NONE],
+        })
+    }
+
+    pub(crate) fn get(&mut self) -> Arrays<'_> {
+        Arrays {
+            src: &mut self.src,
+            dst: &mut self.dst,
+            copies: &mut self.copies,
+        }
     }
 }
 

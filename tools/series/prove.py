@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """`make bisect` and `make mutants`: the series step by step, and whether the tests notice."""
 
+import functools
 import glob
 import os
 import re
@@ -156,11 +157,13 @@ def was_running(log, suite):
     return not any(re.match(r"\s*(not )?ok \d+ ", l) for l in lines[start:])
 
 
-def verdict(kernels, test, image):
-    """PASS, SKIP, FAIL (also: the kernel went down, or hung, in that test) or what else happened."""
+def verdict(test, run):
+    """PASS, SKIP, FAIL (also: the kernel went down, or hung, in that test) or what else happened.
+
+    run(test) boots a kernel with that test alone, and returns the results and the log."""
     suite = test.split(".")[0]
     try:
-        results, log = kernels.kunit_run(test, timeout=MUTANT_TIMEOUT, image=image)
+        results, log = run(test)
     except Failure:
         results, log = [], ""
     own = [s for name, s in results if name == test or name.startswith(test + ".")]
@@ -176,21 +179,37 @@ def mutant_files(huge):
     return [f for f in sorted(glob.glob(MUTANTS + "/*.diff")) if huge == any(t.startswith(HUGE) for t in diff_of(f)[1])]
 
 
+def named_by(files):
+    return sorted({t for f in files for t in diff_of(f)[1]})
+
+
+def all_pass(named, results, log):
+    """Those of the tests that are named, all of which pass."""
+    unbroken = [t for t in named if results.get(t) == "PASS" or
+                any(n.startswith(t + ".") and s == "PASS" for n, s in results.items())]
+    missing = sorted(set(named) - set(unbroken))
+    if missing:
+        raise Failure("these do not pass: " + " ".join(missing), log)
+    return unbroken
+
+
+def notices(path, run, log):
+    """Each test that the mutant names fails with it."""
+    for test in diff_of(path)[1]:
+        got = verdict(test, run)
+        if got != "FAIL":
+            raise Failure("%s: %s, it should fail" % (test, got), log)
+
+
 def mutants(tally, base, head, kernels, worktree):
     files = mutant_files(huge=False)
-    named = sorted({t for f in files for t in diff_of(f)[1]})
-    unbroken = []
+    named, unbroken = named_by(files), []
     with tally.test("mutants: without one, all %d tests that they name pass" % len(named)):
         if not files:
             raise Failure("there are no mutants in " + MUTANTS)
         worktree(base, "src", head)
         kernels.kunit_build()
-        results = dict(kernels.kunit_run()[0])
-        unbroken = [t for t in named if results.get(t) == "PASS" or
-                    any(n.startswith(t + ".") and s == "PASS" for n, s in results.items())]
-        missing = sorted(set(named) - set(unbroken))
-        if missing:
-            raise Failure("these do not pass: " + " ".join(missing), logfile("kunit"))
+        unbroken = all_pass(named, dict(kernels.kunit_run()[0]), logfile("kunit"))
 
     def build(path):
         if not diff_of(path)[1]:
@@ -204,9 +223,7 @@ def mutants(tally, base, head, kernels, worktree):
         for test in diff_of(path)[1]:
             if test not in unbroken:
                 raise Failure("%s does not pass without the mutant" % test)
-            got = verdict(kernels, test, image)
-            if got != "FAIL":
-                raise Failure("%s: %s, it should fail" % (test, got), logfile("kunit"))
+        notices(path, functools.partial(kernels.kunit_run, timeout=MUTANT_TIMEOUT, image=image), logfile("kunit"))
 
     chosen = sample(files, head)
     for path, began, booted in ahead(chosen, build, boot):

@@ -23,7 +23,10 @@ use super::{
         Gpu,
         OpenFile, //
     },
-    mmu::TABLE_SIZE,
+    mmu::{
+        table_range,
+        TABLE_SIZE, //
+    },
     policy::Policy,
     retry_limit::RetryLimit,
     svm::{
@@ -289,7 +292,7 @@ fn copy_out(
     let mut va = range.start();
 
     while va < range.end() {
-        let end = range.end().min(va / TABLE_SIZE * TABLE_SIZE + TABLE_SIZE);
+        let end = range.end().min(table_range(va)?.end());
         let bytes = &mut bytes[..end - va];
         let done = read(PageRange::new(va, range.end())?, bytes)?;
         writer.write_slice(bytes)?;
@@ -356,7 +359,7 @@ fn look(
             return Err(EINTR);
         }
         // All of the block, so that a page of it can be part of a large one.
-        let block = PageRange::from_len(va / TABLE_SIZE * TABLE_SIZE, TABLE_SIZE)?;
+        let block = table_range(va)?;
         let end = range.end().min(block.end());
         let seen = &mut seen[..(end - va) / PAGE_SIZE];
         let result = svm.snapshot(block, bufs, |commit| {

@@ -89,6 +89,15 @@ fn clear(bits: &mut Bits, first: usize, end: usize) -> usize {
     cleared
 }
 
+/// The addresses of the table that has the entry of `va`.
+#[cfg_attr(
+    not(any(CONFIG_RUST_HMM_DEVICE, CONFIG_DUMMY_GPU_DMIRROR)),
+    expect(dead_code)
+)]
+pub(crate) fn table_range(va: usize) -> Result<PageRange> {
+    PageRange::from_len(va / TABLE_SIZE * TABLE_SIZE, TABLE_SIZE)
+}
+
 /// The entries for [`TABLE_SIZE`] bytes of virtual addresses.
 ///
 /// # Invariants

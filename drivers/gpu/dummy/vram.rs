@@ -17,6 +17,7 @@ use super::{
         FileStats, //
     },
     mmu::{
+        table_range,
         TABLE_ORDER,
         TABLE_SIZE, //
     }, //
@@ -148,23 +149,10 @@ impl Vram {
         buf: &mut MoveBuf,
         stats: &Arc<FileStats>,
     ) -> Result<Migrated> {
-        self.migrate_exactly(mm, range, Holes::Populate, buf, stats)
-    }
-
-    fn migrate_exactly(
-        &self,
-        mm: &MirroredMm<'_>,
-        range: PageRange,
-        holes: Holes,
-        buf: &mut MoveBuf,
-        stats: &Arc<FileStats>,
-    ) -> Result<Migrated> {
         let data = |pages| page_data(stats, pages);
-        let moved = mm.migrate_to_device(&self.pool, range, holes, buf, data)?;
+        let moved = mm.migrate_to_device(&self.pool, range, Holes::Populate, buf, data)?;
 
-        stats.add(Counter::PagesToDevice, moved.pages());
-        stats.add(Counter::LargeToDevice, moved.large_pages());
-        Ok(moved)
+        Ok(count(moved, stats))
     }
 
     /// Migrates the pages of `need` to this memory before an access by the GPU, and counts them in
@@ -183,23 +171,17 @@ impl Vram {
         buf: &mut MoveBuf,
         stats: &Arc<FileStats>,
     ) -> Result<Migrated> {
-        let start = need.start() / TABLE_SIZE * TABLE_SIZE;
-        let is_like = like.start() <= start && start + TABLE_SIZE <= like.end();
+        let table = table_range(need.start())?;
         // A buffer has room for the pages of a table.
         let has_room = TABLE_ORDER >= MigrateBuf::MAX_ORDER && TABLE_SIZE <= self.size / OPERANDS;
-        if !is_like || !has_room {
-            let holes = match access {
-                Access::Read => Holes::Keep,
-                Access::Write => Holes::Populate,
-            };
-            return self.migrate_exactly(mm, need, holes, buf, stats);
-        }
         let data = |pages| page_data(stats, pages);
-        let moved = mm.migrate_for_access(&self.pool, need, access, buf, data)?;
+        let moved = if has_room && like.intersect(&table) == Some(table) {
+            mm.migrate_for_access(&self.pool, need, access, buf, data)
+        } else {
+            mm.migrate_to_device(&self.pool, need, Holes::for_access(access), buf, data)
+        };
 
-        stats.add(Counter::PagesToDevice, moved.pages());
-        stats.add(Counter::LargeToDevice, moved.large_pages());
-        Ok(moved)
+        Ok(count(moved?, stats))
     }
 
     /// Migrates the pages of `range` that are in this memory to system memory.
@@ -247,6 +229,13 @@ impl Vram {
     }
 }
 
+/// Counts the pages that have migrated to GPU memory.
+fn count(moved: Migrated, stats: &FileStats) -> Migrated {
+    stats.add(Counter::PagesToDevice, moved.pages());
+    stats.add(Counter::LargeToDevice, moved.large_pages());
+    moved
+}
+
 /// What a page of a process is given for its place in GPU memory: the statistics of the file.
 fn page_data(stats: &Arc<FileStats>, pages: usize) -> Result<Arc<FileStats>> {
     if stats.fails() {
@@ -288,13 +277,13 @@ impl VramBuf {
     ///
     /// # Errors
     ///
-    /// [`EIO`] if the `len` bytes reach beyond the end of the memory. `access` was called for those
-    /// before the end.
+    /// [`EIO`] if the `len` bytes reach beyond the end of the memory, after `access` was called for
+    /// those before the end; and those of `access`, which is not called again then.
     fn for_each_page(
         &self,
         address: usize,
         len: usize,
-        mut access: impl FnMut(&mut [u8], Range<usize>),
+        mut access: impl FnMut(&mut [u8], Range<usize>) -> Result,
     ) -> Result {
         let mut done = 0;
 
@@ -307,7 +296,7 @@ impl VramBuf {
             if count == 0 {
                 return Err(EIO);
             }
-            access(&mut rest[..count], done..done + count);
+            access(&mut rest[..count], done..done + count)?;
             done += count;
         }
         Ok(())
@@ -324,21 +313,18 @@ impl PoolOps for VramBuf {
             }
             match op {
                 CopyOp::ToDevice { from, to } => {
-                    let mut read = Ok(());
                     self.for_each_page(to.start(), to.len(), |bytes, part| {
-                        read = read.and_then(|()| from.read(part.start, bytes));
+                        from.read(part.start, bytes)
                     })?;
-                    read?;
                 }
                 CopyOp::ToRam { from, mut to } => {
-                    let mut written = Ok(());
-                    self.for_each_page(from.start(), from.len(), |bytes, _| {
-                        written = written.and_then(|()| to.write(bytes));
-                    })?;
-                    written?;
+                    self.for_each_page(from.start(), from.len(), |bytes, _| to.write(bytes))?;
                 }
                 CopyOp::Zero { to } => {
-                    self.for_each_page(to.start(), to.len(), |bytes, _| bytes.fill(0))?
+                    self.for_each_page(to.start(), to.len(), |bytes, _| {
+                        bytes.fill(0);
+                        Ok(())
+                    })?;
                 }
             }
         }
@@ -371,14 +357,16 @@ impl CpuAccess for VramBuf {
     fn read(&self, address: usize, buf: &mut [u8]) {
         // This cannot fail: the core reads only pages of this memory.
         let _ = self.for_each_page(address, buf.len(), |bytes, part| {
-            buf[part].copy_from_slice(bytes)
+            buf[part].copy_from_slice(bytes);
+            Ok(())
         });
     }
 
     fn write(&self, address: usize, buf: &[u8]) {
         // This cannot fail: the core writes only pages of this memory.
         let _ = self.for_each_page(address, buf.len(), |bytes, part| {
-            bytes.copy_from_slice(&buf[part])
+            bytes.copy_from_slice(&buf[part]);
+            Ok(())
         });
     }
 }

@@ -8,7 +8,6 @@ use super::{
             DevicePage,
             Entry, //
         },
-        device_pool::DevicePool,
         fault::FaultRequest,
         hmm_range::FaultBuf,
         migrate::MigrateBuf,
@@ -23,15 +22,13 @@ use super::{
         reserve,
         Counted,
         Tally,
-        TestDevice,
         CHUNK, //
     },
     map_aligned,
+    migrate::Setup,
     page,
     user_read,
-    user_write,
-    Recorder,
-    MODULE, //
+    user_write, //
 };
 use kernel::{
     kunit::user_mm::{
@@ -53,28 +50,12 @@ use kernel::{
 /// The pages of a large folio.
 const LARGE: usize = Order::MAX.pages();
 
-/// A process that is mirrored for a device with memory for `chunks` large folios.
-struct Setup<D: Tally> {
-    device: Arc<TestDevice<D>>,
-    pool: DevicePool<TestDevice<D>>,
-    mirror: Mirror,
-    ops: Arc<Recorder>,
-    buf: MigrateBuf,
+/// With memory for `chunks` large folios.
+fn setup<D: Tally>(chunks: usize) -> Result<Setup<D>> {
+    Setup::with(chunks, MigrateBuf::MAX_ORDER)
 }
 
 impl<D: Tally> Setup<D> {
-    fn new(chunks: usize) -> Result<Self> {
-        let (device, pool) = TestDevice::new(chunks)?;
-        let ops = Recorder::new()?;
-        Ok(Self {
-            mirror: Mirror::new_with_pool(&MODULE, ops.clone(), &pool)?,
-            ops,
-            buf: MigrateBuf::new(MigrateBuf::MAX_ORDER)?,
-            device,
-            pool,
-        })
-    }
-
     fn migrate_as(&mut self, range: PageRange, holes: Holes, data: D) -> Result<usize> {
         let Self {
             mirror, pool, buf, ..
@@ -82,15 +63,6 @@ impl<D: Tally> Setup<D> {
         let mm = mirror.mm()?;
         let moved = mm.migrate_to_device(pool, range, holes, buf, |_| Ok(data.clone()))?;
         Ok(moved.pages())
-    }
-
-    fn migrate_out(&mut self, range: PageRange) -> Result<usize> {
-        let moved = self.mirror.mm()?.migrate_to_ram(range, &mut self.buf)?;
-        Ok(moved.pages())
-    }
-
-    fn used(&self) -> usize {
-        self.pool.pool().used_pages()
     }
 
     /// The order of the oldest folio of the pool.
@@ -105,11 +77,7 @@ impl<D: Tally> Setup<D> {
     }
 }
 
-impl Setup<u64> {
-    fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
-        self.migrate_as(range, Holes::Populate, 1)
-    }
-
+impl Setup {
     /// Migrates as before an access by the device.
     fn access(&mut self, range: PageRange, access: Access) -> Result<usize> {
         let Self {
@@ -166,7 +134,7 @@ mod tests {
     #[test]
     fn a_large_folio_migrates_as_one_and_returns_as_one() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.migrate_in(range)?, LARGE);
             assert_eq!(setup.ops(), 1);
@@ -192,7 +160,7 @@ mod tests {
     #[test]
     fn a_cpu_that_begins_at_the_start_gets_all_of_the_folio() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.migrate_in(range)?, LARGE);
             setup.ops();
@@ -208,7 +176,7 @@ mod tests {
     #[test]
     fn a_page_that_a_cpu_touches_does_not_take_the_others_along() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.migrate_in(range)?, LARGE);
             assert!(holds(range, 100..101)?);
@@ -229,7 +197,7 @@ mod tests {
     #[test]
     fn a_part_that_is_unmapped_does_not_take_the_others_along() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.migrate_in(range)?, LARGE);
             setup.ops();
@@ -248,7 +216,7 @@ mod tests {
     fn a_cpu_may_touch_any_page_of_a_folio_of_which_a_part_is_gone() -> Result {
         for touched in [5, 0, 17, LARGE - 1] {
             with_user_mm(|mm| {
-                let mut setup = Setup::<u64>::new(1)?;
+                let mut setup = setup::<u64>(1)?;
                 let range = map_large(mm)?;
                 assert_eq!(setup.migrate_in(range)?, LARGE);
                 super::super::zap(mm.mm(), page(range, 100)?);
@@ -265,7 +233,7 @@ mod tests {
     #[test]
     fn what_a_process_has_given_up_is_not_evicted() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.migrate_in(range)?, LARGE);
             let gone = PageRange::from_len(range.start(), (LARGE - 1) * PAGE_SIZE)?;
@@ -281,7 +249,7 @@ mod tests {
     #[test]
     fn a_folio_that_the_device_cannot_copy_whole_goes_page_by_page() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             let device = setup.device.clone();
             device.bad.store(7 * PAGE_SIZE, Relaxed);
@@ -308,7 +276,7 @@ mod tests {
     #[test]
     fn a_hole_becomes_a_large_folio_of_zeroes() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_aligned(mm, LARGE, Prot::ReadWrite)?;
             assert_eq!(setup.migrate_as(range, Holes::Keep, 1)?, 0);
             assert_eq!(setup.access(page(range, 100)?, Access::Read)?, 0);
@@ -333,7 +301,7 @@ mod tests {
     #[test]
     fn a_hole_among_pages_does_not_populate_the_others() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             super::super::zap(mm.mm(), page(range, 100)?);
             super::super::zap(mm.mm(), page(range, 200)?);
@@ -346,7 +314,7 @@ mod tests {
     #[test]
     fn an_access_takes_all_of_the_folio_along_and_a_request_only_its_part() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.access(page(range, 100)?, Access::Read)?, LARGE);
             assert_eq!((setup.ops(), setup.order()), (1, Some(Order::MAX)));
@@ -365,7 +333,7 @@ mod tests {
     #[test]
     fn without_a_block_on_the_device_the_pages_migrate_one_by_one() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(2)?;
+            let mut setup = setup::<u64>(2)?;
             let range = map_large(mm)?;
             let pool = setup.pool.pool().clone();
             let mut pfns = KVec::from_elem(0, CHUNK + 1, GFP_KERNEL)?;
@@ -385,7 +353,7 @@ mod tests {
     #[test]
     fn a_full_pool_evicts_a_large_folio_for_another() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let (first, second) = (map_large(mm)?, map_large(mm)?);
             assert_eq!(setup.migrate_in(first)?, LARGE);
             assert_eq!(setup.migrate_in(second)?, LARGE);
@@ -400,7 +368,7 @@ mod tests {
     fn one_page_that_the_device_cannot_copy_does_not_keep_the_others() -> Result {
         for way in 0..3 {
             with_user_mm(|mm| {
-                let mut setup = Setup::<u64>::new(1)?;
+                let mut setup = setup::<u64>(1)?;
                 let range = map_large(mm)?;
                 assert_eq!(setup.migrate_in(range)?, LARGE);
                 setup.device.bad.store(7 * PAGE_SIZE, Relaxed);
@@ -428,7 +396,7 @@ mod tests {
         };
         let data = Arc::new(data, GFP_KERNEL)?;
         with_user_mm(|mm| {
-            let mut setup = Setup::<Arc<Counted>>::new(1)?;
+            let mut setup = setup::<Arc<Counted>>(1)?;
             let range = map_large(mm)?;
             assert_eq!(setup.migrate_as(range, Holes::Keep, data)?, LARGE);
             assert!(holds(range, 100..101)?);
@@ -447,7 +415,7 @@ mod tests {
         let dropped = Arc::new(Atomic::new(0), GFP_KERNEL)?;
         let value = 3;
         with_user_mm(|mm| {
-            let mut setup = Setup::<Arc<Counted>>::new(3)?;
+            let mut setup = setup::<Arc<Counted>>(3)?;
             let ranges = [map_large(mm)?, map_large(mm)?, map_large(mm)?];
             for range in ranges {
                 let dropped = dropped.clone();
@@ -466,7 +434,7 @@ mod tests {
     #[test]
     fn the_notifier_runs_once_for_a_folio() -> Result {
         with_user_mm(|mm| {
-            let mut setup = Setup::<u64>::new(1)?;
+            let mut setup = setup::<u64>(1)?;
             let range = map_large(mm)?;
             assert_eq!(on_device(&setup.mirror, range)?, 0);
             let before = setup.ops.count();

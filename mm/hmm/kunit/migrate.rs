@@ -42,6 +42,7 @@ use super::{
     device::{
         reserve,
         Counted,
+        Tally,
         TestDevice,
         CHUNK, //
     },
@@ -83,28 +84,44 @@ const ORDER: u32 = 4;
 const WINDOW: usize = 1 << ORDER;
 
 /// A process that is mirrored for a device with memory.
-struct Setup {
-    device: Arc<TestDevice<u64>>,
-    pool: DevicePool<TestDevice<u64>>,
-    mirror: Mirror,
-    ops: Arc<Recorder>,
-    buf: MigrateBuf,
+pub(super) struct Setup<D: Tally = u64> {
+    pub(super) device: Arc<TestDevice<D>>,
+    pub(super) pool: DevicePool<TestDevice<D>>,
+    pub(super) mirror: Mirror,
+    pub(super) ops: Arc<Recorder>,
+    pub(super) buf: MigrateBuf,
 }
 
-impl Setup {
-    fn new() -> Result<Self> {
-        let (device, pool) = TestDevice::new(1)?;
+impl<D: Tally> Setup<D> {
+    /// The device has memory for `chunks` chunks. Up to 2^`order` pages migrate at a time.
+    pub(super) fn with(chunks: usize, order: u32) -> Result<Self> {
+        let (device, pool) = TestDevice::new(chunks)?;
         let ops = Recorder::new()?;
         Ok(Self {
             mirror: Mirror::new_with_pool(&MODULE, ops.clone(), &pool)?,
             ops,
-            buf: MigrateBuf::new(ORDER)?,
+            buf: MigrateBuf::new(order)?,
             device,
             pool,
         })
     }
 
-    fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
+    pub(super) fn migrate_out(&mut self, range: PageRange) -> Result<usize> {
+        let migrated = self.mirror.mm()?.migrate_to_ram(range, &mut self.buf)?;
+        Ok(migrated.pages())
+    }
+
+    pub(super) fn used(&self) -> usize {
+        self.pool.pool().used_pages()
+    }
+}
+
+impl Setup {
+    fn new() -> Result<Self> {
+        Self::with(1, ORDER)
+    }
+
+    pub(super) fn migrate_in(&mut self, range: PageRange) -> Result<usize> {
         self.migrate(range, Holes::Populate)
     }
 
@@ -123,17 +140,8 @@ impl Setup {
         migrated.map(|migrated| migrated.pages())
     }
 
-    fn migrate_out(&mut self, range: PageRange) -> Result<usize> {
-        let migrated = self.mirror.mm()?.migrate_to_ram(range, &mut self.buf)?;
-        Ok(migrated.pages())
-    }
-
     fn home(&self, reason: MigrateReason) -> u64 {
         self.device.home(reason)
-    }
-
-    fn used(&self) -> usize {
-        self.pool.pool().used_pages()
     }
 
     fn freed(&self) -> u64 {

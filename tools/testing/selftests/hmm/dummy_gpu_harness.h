@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -34,12 +35,18 @@ static inline int gpu_open(const char *path)
 	return fd < 0 ? -errno : fd;
 }
 
+/* A number that the environment may set. */
+static inline int setting_of(const char *name, int otherwise)
+{
+	const char *said = getenv(name);
+
+	return said && atoi(said) > 0 ? atoi(said) : otherwise;
+}
+
 /* How often a scenario is repeated. Fewer on kernels with slow checkers. */
 static inline int rounds(void)
 {
-	const char *said = getenv("DUMMY_GPU_ROUNDS");
-
-	return said && atoi(said) > 0 ? atoi(said) : 100;
+	return setting_of("DUMMY_GPU_ROUNDS", 100);
 }
 
 /* Runs one command, in the way that is given: 0 or a negative errno. */
@@ -79,6 +86,16 @@ static inline uint64_t gpu_sum(int fd, const void *p, size_t length)
 	uint64_t sum;
 
 	return run(fd, gpu_unary(DUMMY_GPU_OP_SUM, &sum, p, length)) ? GPU_UNTOUCHED : sum;
+}
+
+/*
+ * The sum as the device sees it. The result is not on the stack, which might
+ * move.
+ */
+static inline uint64_t vram_sum(int fd, uint64_t *result, const void *p, size_t length)
+{
+	*result = 0;
+	return run(fd, gpu_unary(DUMMY_GPU_OP_SUM, result, p, length)) ? GPU_UNTOUCHED : *result;
 }
 
 static inline struct dummy_gpu_stats stats_of(struct __test_metadata *_metadata, int fd)
@@ -268,6 +285,63 @@ static inline int64_t number_of(const char *path, const char *name)
 	if (f)
 		fclose(f);
 	return value;
+}
+
+/* Whether a file of names has one. */
+static inline bool lists(const char *path, const char *name)
+{
+	char line[200] = "";
+	FILE *f = fopen(path, "re");
+
+	if (f) {
+		if (!fgets(line, sizeof(line), f))
+			line[0] = 0;
+		fclose(f);
+	}
+	return strstr(line, name);
+}
+
+/* A hierarchy of cgroups that a test has mounted. */
+struct cgroups {
+	char dir[40];
+	bool controller;	/* the test has enabled "memory" there */
+};
+
+static inline bool cgroups_mount(struct cgroups *cgroups, const char *type, const char *options)
+{
+	char dir[] = "/tmp/dummy_gpu_cgroup.XXXXXX";
+
+	if (!mkdtemp(dir))
+		return false;
+	if (mount("none", dir, type, 0, options)) {
+		rmdir(dir);
+		return false;
+	}
+	strcpy(cgroups->dir, dir);
+	return true;
+}
+
+/* Enables the memory controller, if it is not. */
+static inline bool cgroups_have_memory(struct cgroups *cgroups)
+{
+	char path[80];
+
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", cgroups->dir);
+	if (!lists(path, "memory"))
+		cgroups->controller = write_to(path, "+memory");
+	return lists(path, "memory");
+}
+
+/* There are no groups of the test any more. */
+static inline void cgroups_unmount(struct cgroups *cgroups)
+{
+	char path[80];
+
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", cgroups->dir);
+	if (cgroups->controller)
+		write_to(path, "-memory");
+	umount(cgroups->dir);
+	rmdir(cgroups->dir);
 }
 
 /* A counter of instance n, or -1 without debugfs. */

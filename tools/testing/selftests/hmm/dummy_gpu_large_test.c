@@ -7,7 +7,6 @@
  * the counters count are those of the test.
  */
 #include <pthread.h>
-#include <sys/mount.h>
 #include <sys/stat.h>
 
 #include "dummy_gpu_harness.h"
@@ -110,9 +109,7 @@ FIXTURE_TEARDOWN(large)
 /* The sum of a part of the folio as the device sees it at p, and as it should be. */
 static uint64_t device_sum(const LARGE *self, const void *p, size_t length)
 {
-	*self->result = 0;
-	return run(self->fd, gpu_unary(DUMMY_GPU_OP_SUM, self->result, p, length)) ?
-		GPU_UNTOUCHED : *self->result;
+	return vram_sum(self->fd, self->result, p, length);
 }
 
 static uint64_t sum_of(const LARGE *self, size_t first, size_t length)
@@ -448,14 +445,6 @@ static void *disturb(void *arg)
 	return NULL;
 }
 
-/* Seconds of a storm. */
-static unsigned int seconds(void)
-{
-	const char *said = getenv("DUMMY_GPU_SECONDS");
-
-	return said && atoi(said) > 0 ? atoi(said) : 3;
-}
-
 static void storm(struct __test_metadata *_metadata, const LARGE *self,
 		  void (*what)(uint8_t *p))
 {
@@ -467,7 +456,7 @@ static void storm(struct __test_metadata *_metadata, const LARGE *self,
 	ASSERT_NE(NULL, storm.p);
 	for (int i = 0; i < 4; i++)
 		ASSERT_EQ(0, pthread_create(&threads[i], NULL, roles[i], &storm));
-	sleep(seconds());
+	sleep(setting_of("DUMMY_GPU_SECONDS", 3));
 	__atomic_store_n(&storm.stop, true, __ATOMIC_RELAXED);
 	for (int i = 0; i < 4; i++)
 		ASSERT_EQ(0, pthread_join(threads[i], NULL));
@@ -556,39 +545,32 @@ static void press(uint8_t *p)
 	madvise(p, length, MADV_PAGEOUT);
 }
 
-/* A group with little memory: its directory, which has to be removed, or NULL. */
-static const char *enter_group(struct __test_metadata *_metadata, char *root, char *group)
+TEST_F_TIMEOUT(large, nothing_is_lost_under_pressure, STORM_TIMEOUT)
 {
-	char path[80];
+	struct cgroups cgroups = {};
+	char group[60], path[80];
 
-	if (!mkdtemp(root) || mount("none", root, "cgroup2", 0, NULL))
-		return NULL;
-	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", root);
-	if (!write_to(path, "+memory"))
-		return NULL;
-	snprintf(group, 60, "%s/dummy_gpu_large", root);
+	if (!cgroups_mount(&cgroups, "cgroup2", NULL))
+		SKIP(return, "no cgroup2: %s", strerror(errno));
+	if (!cgroups_have_memory(&cgroups)) {
+		cgroups_unmount(&cgroups);
+		SKIP(return, "no memory controller in cgroup2");
+	}
+	if (swap_on("/dev/ram0")) {
+		cgroups_unmount(&cgroups);
+		SKIP(return, "no swap on /dev/ram0");
+	}
+	snprintf(group, sizeof(group), "%s/dummy_gpu_large", cgroups.dir);
 	ASSERT_EQ(0, mkdir(group, 0700));
 	snprintf(path, sizeof(path), "%s/memory.max", group);
 	ASSERT_TRUE(write_to(path, "24M"));
 	snprintf(path, sizeof(path), "%s/cgroup.procs", group);
 	ASSERT_TRUE(write_to(path, "0"));
-	return group;
-}
-
-TEST_F_TIMEOUT(large, nothing_is_lost_under_pressure, STORM_TIMEOUT)
-{
-	char root[] = "/tmp/dummy_gpu_large.XXXXXX", group[60], path[80];
-
-	if (swap_on("/dev/ram0"))
-		SKIP(return, "no swap on /dev/ram0");
-	if (!enter_group(_metadata, root, group))
-		SKIP(return, "no memory cgroup: %s", strerror(errno));
 	storm(_metadata, self, press);
-	snprintf(path, sizeof(path), "%s/cgroup.procs", root);
+	snprintf(path, sizeof(path), "%s/cgroup.procs", cgroups.dir);
 	EXPECT_TRUE(write_to(path, "0"));
 	EXPECT_EQ(0, rmdir(group));
-	EXPECT_EQ(0, umount(root));
-	EXPECT_EQ(0, rmdir(root));
+	cgroups_unmount(&cgroups);
 	EXPECT_EQ(0, swapoff("/dev/ram0"));
 }
 

@@ -91,8 +91,7 @@ FIXTURE(life)
 	int64_t pages;		/* on the devices at the start */
 	struct setting settings[3];
 	const char *module;	/* its file, if it was unloaded */
-	char cgroups[40];	/* where a hierarchy is mounted */
-	bool controller;	/* "memory" was enabled there */
+	struct cgroups cgroups;
 	pid_t grouped;		/* a child that is in a cgroup there */
 };
 
@@ -140,39 +139,20 @@ FIXTURE_SETUP(life)
 	self->pages = device_pages();
 }
 
-/* Mounts a hierarchy of cgroups until the teardown. */
-static bool cgroups_begin(LIFE *self, const char *type, const char *options)
-{
-	char dir[] = "/tmp/dummy_gpu_cgroup.XXXXXX";
-
-	if (!mkdtemp(dir))
-		return false;
-	if (mount("none", dir, type, 0, options)) {
-		rmdir(dir);
-		return false;
-	}
-	strcpy(self->cgroups, dir);
-	return true;
-}
-
 static void cgroups_end(LIFE *self)
 {
 	char path[100];
 
-	snprintf(path, sizeof(path), "%s/dummy_gpu_test/freezer.state", self->cgroups);
+	snprintf(path, sizeof(path), "%s/dummy_gpu_test/freezer.state", self->cgroups.dir);
 	if (!access(path, W_OK))
 		write_to(path, "THAWED");
 	if (self->grouped) {
 		kill(self->grouped, SIGKILL);
 		waitpid(self->grouped, NULL, 0);
 	}
-	snprintf(path, sizeof(path), "%s/dummy_gpu_test", self->cgroups);
+	snprintf(path, sizeof(path), "%s/dummy_gpu_test", self->cgroups.dir);
 	rmdir(path);
-	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", self->cgroups);
-	if (self->controller)
-		write_to(path, "-memory");
-	umount(self->cgroups);
-	rmdir(self->cgroups);
+	cgroups_unmount(&self->cgroups);
 }
 
 /* Moves a child into a group. The teardown kills it if it is still there. */
@@ -188,7 +168,7 @@ static bool group_child(LIFE *self, const char *group, pid_t pid)
 
 FIXTURE_TEARDOWN(life)
 {
-	if (self->cgroups[0])
+	if (self->cgroups.dir[0])
 		cgroups_end(self);
 	EXPECT_TRUE(device_pages_become(self->pages))
 		TH_LOG("%lld pages on the devices, %lld at the start",
@@ -1434,32 +1414,14 @@ static void charge_stays(struct __test_metadata *_metadata, LIFE *self,
 	EXPECT_EQ(0, ended(&other));
 }
 
-/* Whether a file of names has one. */
-static bool lists(const char *path, const char *name)
-{
-	char line[200] = "";
-	FILE *f = fopen(path, "re");
-
-	if (f) {
-		if (!fgets(line, sizeof(line), f))
-			line[0] = 0;
-		fclose(f);
-	}
-	return strstr(line, name);
-}
-
 /* Creates a group with the memory controller, or skips the test. */
 static bool charge_begin(struct __test_metadata *_metadata, LIFE *self, char group[100])
 {
-	if (!cgroups_begin(self, "cgroup2", NULL))
+	if (!cgroups_mount(&self->cgroups, "cgroup2", NULL))
 		SKIP(return false, "no cgroup2: %s", strerror(errno));
-	snprintf(group, 100, "%s/cgroup.subtree_control", self->cgroups);
-	if (!lists(group, "memory")) {
-		self->controller = write_to(group, "+memory");
-		if (!self->controller)
-			SKIP(return false, "no memory controller in cgroup2");
-	}
-	snprintf(group, 100, "%s/dummy_gpu_test", self->cgroups);
+	if (!cgroups_have_memory(&self->cgroups))
+		SKIP(return false, "no memory controller in cgroup2");
+	snprintf(group, 100, "%s/dummy_gpu_test", self->cgroups.dir);
 	ASSERT_EQ(0, mkdir(group, 0700));
 	return true;
 }
@@ -1591,9 +1553,9 @@ static void frozen(struct __test_metadata *_metadata, LIFE *self,
 	pid_t pid;
 
 	ASSERT_NE(MAP_FAILED, p);
-	if (!cgroups_begin(self, "cgroup", "freezer"))
+	if (!cgroups_mount(&self->cgroups, "cgroup", "freezer"))
 		SKIP(return, "no freezer of cgroups: %s", strerror(errno));
-	snprintf(group, sizeof(group), "%s/dummy_gpu_test", self->cgroups);
+	snprintf(group, sizeof(group), "%s/dummy_gpu_test", self->cgroups.dir);
 	ASSERT_EQ(0, mkdir(group, 0700));
 
 	/* More work than can be done during the test. */

@@ -53,16 +53,6 @@ static uint8_t *map_filled(struct __test_metadata *_metadata, int fd, size_t len
 	return p;
 }
 
-/*
- * The sum as the device sees it. The result is not on the stack, which might
- * move.
- */
-static uint64_t vram_sum(int fd, uint64_t *result, const void *p, size_t length)
-{
-	*result = 0;
-	return run(fd, gpu_unary(DUMMY_GPU_OP_SUM, result, p, length)) ? GPU_UNTOUCHED : *result;
-}
-
 /* Binds the memory that this task allocates to one node. */
 static int bind_to_node(unsigned int node)
 {
