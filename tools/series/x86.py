@@ -26,6 +26,8 @@ VRAM = ",vram_mb=320"               # benchmark_thp_migration migrates 256 MiB
 NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which would count in make bench
 # Of dummy_gpu_life_test, and of each storm of dummy_gpu_large_test; the kernel hands them to init.
 ROUNDS, SECONDS = "DUMMY_GPU_ROUNDS=5", "DUMMY_GPU_SECONDS=" + (os.environ.get("SECONDS") or "3")
+# They run again with whole huge pages.
+ON_HUGE = "dmirror_fork_test", "dmirror_race_test", "dummy_gpu_life_test"
 # The controller has memory that other devices might reach.
 EDU = ["-device", "edu,dma_mask=0xffffffffffffffff", "-device", "nvme,serial=p2p,cmb_size_mb=64"]
 # The IOMMU comes first. With caching-mode, Linux would flush the IOTLB for every page that it maps.
@@ -310,11 +312,13 @@ def x86(tally, kernels):
     if os.environ.get("MM") == "1":
         with mmtests.mm_tests(tally, kernels, "x86", functools.partial(mm_boot, kernels, kernel)):
             pass
-    for name in names:
-        kernels.selftest(
-            tally, "x86", name, prefix=prefix(), look=quiet,
-            boot=lambda log, f: boot(kernels, kernel, os.path.join(directory, name), log, out=f, err=f,
-                                     extra=("kunit.enable=0", "numa=fake=2", ROUNDS, SECONDS), timeout=TIMEOUT))
+    for tier, programs, words in (("x86", names, ()), ("x86-huge", ON_HUGE, ("DUMMY_GPU_HUGE=1",))):
+        for name in programs:
+            kernels.selftest(
+                tally, tier, name, prefix=prefix().replace("x86", tier), look=quiet,
+                boot=lambda log, f: boot(kernels, kernel, os.path.join(directory, name), log, out=f, err=f,
+                                         extra=("kunit.enable=0", "numa=fake=2", ROUNDS, SECONDS) + words,
+                                         timeout=TIMEOUT))
     for tier, devices in DEVICES.items():
         for name in ON_PCI:
             kernels.selftest(

@@ -13,8 +13,8 @@
 
 #include "dmirror_user.h"
 
-/* Two and a half of the blocks of 16 pages that a CPU fault migrates. */
-#define PAGES		40
+/* Two and a half of the blocks of 16 pages that a CPU fault migrates, or a huge page. */
+static size_t most_pages = 40;
 #define PROCESSES	4
 
 enum { PARENT, CHILD, GRANDCHILD, SECOND = GRANDCHILD, THIRD };
@@ -48,7 +48,7 @@ struct toucher {
 
 FIXTURE_VARIANT(dmirror_fork)
 {
-	size_t pages;				/* 0: the default */
+	size_t pages;				/* 0: most_pages */
 	unsigned int childs_node;
 	struct toucher before, parent, child;	/* before and after fork() */
 	bool cpus, back;			/* after a step: CPUs read; pages go back */
@@ -77,7 +77,7 @@ FIXTURE(dmirror_fork)
 
 FIXTURE_VARIANT_ADD(dmirror_fork, untouched)
 {
-	.pages = PAGES,
+	.before = { NOT },
 };
 
 FIXTURE_VARIANT_ADD(dmirror_fork, cpus_look_after_each_step)
@@ -387,6 +387,8 @@ static void forks_first(struct __test_metadata *_metadata, FORKED *self, const V
 
 FIXTURE_SETUP(dmirror_fork)
 {
+	int64_t large = instance_counter(0, "large_to_device");
+	size_t huge = 0;
 	int fd[NODES];
 
 	if (!setup_nodes(_metadata, fd))
@@ -394,7 +396,12 @@ FIXTURE_SETUP(dmirror_fork)
 	self->fd = fd[0];
 	close(fd[1]);
 	self->trouble = kernel_trouble();
-	self->pages = variant->pages ?: PAGES;
+	if (wants_huge()) {
+		if (!setup_huge(_metadata, &huge))
+			return;
+		most_pages = huge / page;
+	}
+	self->pages = variant->pages ?: most_pages;
 	self->length = self->pages * page;
 	self->processes[PARENT].lives = true;
 	self->processes[CHILD].node = variant->childs_node;
@@ -417,12 +424,15 @@ FIXTURE_SETUP(dmirror_fork)
 	 * The current bytes are only in device memory. System memory had other
 	 * ones.
 	 */
-	self->p = map(self->length, PROT_READ | PROT_WRITE);
+	self->p = huge ? map_huge(huge, huge) : map(self->length, PROT_READ | PROT_WRITE);
 	ASSERT_NE(MAP_FAILED, self->p);
 	CPU_WRITES(PARENT);
 	ASSERT_EQ(0, TO_ALL_OF(PARENT, TO_DEVICE));
 	DEVICE_WRITES(PARENT);
 	ASSERT_EQ(self->pages, pages_on_device(_metadata, self, PARENT));
+	/* The huge page is one on the device, too. Another driver has no such counter. */
+	if (huge && huge == self->length && large >= 0)
+		ASSERT_LE(large + self->pages, instance_counter(0, "large_to_device"));
 	touch(_metadata, self, PARENT, &variant->before);
 }
 

@@ -37,6 +37,7 @@ enum {
 	PROTECT = 4,
 	MERGE = 8,
 	FORK = 16,
+	HUGE = 32,
 };
 
 struct thread {
@@ -80,6 +81,7 @@ static struct shared {
 } *shared;
 
 static uint8_t *region, *pattern, *frozen;
+static size_t huge;	/* the bytes of a huge page, if the region begins one */
 static int nodes[NODES];
 static unsigned int parts;
 

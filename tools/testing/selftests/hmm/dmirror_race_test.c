@@ -135,6 +135,17 @@ static bool goes_home(struct thread *t)
 	return !command(t, HMM_DMIRROR_MIGRATE_TO_SYS, below(t, PAGES - n + 1), n);
 }
 
+/* Makes a huge page of the region and what follows it, and migrates it, or most of it. */
+static bool migrates_huge(struct thread *t)
+{
+	int err;
+
+	command(t, HMM_DMIRROR_MIGRATE_TO_SYS, 0, huge / page);
+	madvise(region, huge, MADV_COLLAPSE);
+	err = command(t, HMM_DMIRROR_MIGRATE_TO_DEV, 0, huge / page);
+	return !err || err == -ENOENT;
+}
+
 static bool exclusive(struct thread *t)
 {
 	size_t n = 1 + below(t, 3), i = first_to_move(t, n);
@@ -147,7 +158,8 @@ static bool exclusive(struct thread *t)
 static bool snapshot(struct thread *t)
 {
 	const uint8_t known = HMM_DMIRROR_PROT_READ | HMM_DMIRROR_PROT_WRITE |
-			      HMM_DMIRROR_PROT_ZERO | HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL;
+			      HMM_DMIRROR_PROT_PMD | HMM_DMIRROR_PROT_ZERO |
+			      HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL;
 
 	if (command(t, HMM_DMIRROR_SNAPSHOT, 0, PAGES))
 		return false;
@@ -385,6 +397,7 @@ static const struct role roles[] = {
 	{ "protects", protects, 0, PROTECT, 200 },
 	{ "merges", merges, 0, MERGE, 0 },
 	{ "forks", forks, 0, FORK, 2000 },
+	{ "migrates a huge page, node 0", migrates_huge, 0, HUGE, 100 },
 };
 
 #define ROLES	ARRAY_SIZE(roles)
@@ -510,7 +523,14 @@ FIXTURE_SETUP(dmirror_race)
 	ASSERT_NE(MAP_FAILED, shared);
 	pattern = map(2 * PAGES * page, PROT_READ | PROT_WRITE);
 	frozen = pattern + PAGES * page;
-	region = map(PAGES * page, PROT_READ | PROT_WRITE);
+	if (wants_huge()) {
+		if (!setup_huge(_metadata, &huge))
+			return;
+		region = map_huge(huge, huge);
+		parts |= HUGE;
+	} else {
+		region = map(PAGES * page, PROT_READ | PROT_WRITE);
+	}
 	ASSERT_NE(MAP_FAILED, pattern);
 	ASSERT_NE(MAP_FAILED, region);
 	for (size_t i = 0; i < PAGES; i++) {
@@ -524,9 +544,20 @@ FIXTURE_SETUP(dmirror_race)
 			.index = i,
 			.node = roles[i].node,
 			.seed = i,
-			.bytes = map(MOST * page, PROT_READ | PROT_WRITE),
+			.bytes = map(roles[i].part == HUGE ? huge : MOST * page,
+				     PROT_READ | PROT_WRITE),
 		};
 		ASSERT_NE(MAP_FAILED, self->threads[i].bytes);
+	}
+	if (huge) {
+		int64_t large = instance_counter(0, "large_to_device");
+
+		memset(region, 0, huge);
+		ASSERT_EQ(0, dmirror(nodes[0], HMM_DMIRROR_MIGRATE_TO_DEV, region, huge / page,
+				     self->threads[ROLES - 1].bytes));
+		/* The huge page is one on the device, too. Another driver has no such counter. */
+		if (large >= 0)
+			ASSERT_EQ(large + huge / page, instance_counter(0, "large_to_device"));
 	}
 	ASSERT_EQ(0, sigaction(SIGSEGV, &action, NULL));
 	share_cpu_of_uml();

@@ -136,6 +136,44 @@ static inline void *map_at(void *where, size_t length)
 		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 }
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE	25
+#endif
+
+/* Sets *size to the bytes of a transparent huge page. Without them, the test is skipped. */
+static inline bool setup_huge(struct __test_metadata *_metadata, size_t *size)
+{
+	FILE *f = fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "re");
+
+	*size = 0;
+	if (f) {
+		if (fscanf(f, "%zu", size) != 1)
+			*size = 0;
+		fclose(f);
+	}
+	if (!*size)
+		SKIP(return false, "no transparent huge pages");
+	return true;
+}
+
+/* Whether the tests are to use whole huge pages: DUMMY_GPU_HUGE=1 asks for it. */
+static inline bool wants_huge(void)
+{
+	return setting_of("DUMMY_GPU_HUGE", 0);
+}
+
+/* Maps huge pages. Nothing is accessible around them, so no other mapping joins this one. */
+static inline uint8_t *map_huge(size_t length, size_t huge)
+{
+	uint8_t *p = map(length + huge, PROT_NONE);
+
+	if (p == MAP_FAILED)
+		return p;
+	p += huge - (uintptr_t)p % huge;
+	return mprotect(p, length, PROT_READ | PROT_WRITE) || madvise(p, length, MADV_HUGEPAGE) ?
+	       MAP_FAILED : p;
+}
+
 /* A file of the given length that is deleted when it is closed. */
 static inline int temporary_file(size_t length)
 {
@@ -268,6 +306,37 @@ static inline int swap_on(const char *path)
 	if (!written)
 		return -EIO;
 	return swapon(path, 0) ? -errno : 0;
+}
+
+/* The pages of a range that are swapped out. Pages on the device seem to be, too. */
+static inline size_t pages_swapped(uint8_t *p, size_t length)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	size_t count = 0;
+	uint64_t entry;
+
+	for (size_t i = 0; i < length; i += page) {
+		if (pread(fd, &entry, sizeof(entry), gpu_addr(p + i) / page * 8) == sizeof(entry))
+			count += entry >> 62 & 1;
+	}
+	close(fd);
+	return count;
+}
+
+/*
+ * Swaps out memory and returns how many of its pages are. A page that was
+ * faulted in on another CPU may wait there for its place in an LRU list, and
+ * cannot be reclaimed until then.
+ */
+static inline size_t swap_out(uint8_t *p, size_t length)
+{
+	size_t swapped = 0;
+
+	for (int i = 0; i < 100 && swapped != length / page; i++) {
+		madvise(p, length, MADV_PAGEOUT);
+		swapped = pages_swapped(p, length);
+	}
+	return swapped;
 }
 
 /* The number after a name in a file with a name and a number in each line, or -1. */

@@ -16,10 +16,6 @@
 #define WORD		8
 #define STORM_TIMEOUT	600	/* seconds, for those who let a storm take a minute */
 
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE	25
-#endif
-
 static size_t huge;		/* the bytes of a large folio */
 static size_t pages;		/* and its pages */
 
@@ -55,18 +51,6 @@ static size_t huge_bytes(const void *p)
 	return kib * 1024;
 }
 
-/* Maps the place of a large folio, with room around it so that no other mapping joins it. */
-static uint8_t *map_place(size_t count)
-{
-	uint8_t *p = map((count + 1) * huge, PROT_NONE);
-
-	if (p == MAP_FAILED)
-		return NULL;
-	p += huge - (uintptr_t)p % huge;
-	return mprotect(p, count * huge, PROT_READ | PROT_WRITE) ||
-		madvise(p, count * huge, MADV_HUGEPAGE) ? NULL : p;
-}
-
 FIXTURE(large)
 {
 	int fd;
@@ -77,18 +61,15 @@ FIXTURE(large)
 
 FIXTURE_SETUP(large)
 {
-	char text[40], *said = read_from(THP "hpage_pmd_size", text, sizeof(text));
-
-	if (!said)
-		SKIP(return, "no transparent huge pages");
-	huge = strtoul(said, NULL, 0);
+	if (!setup_huge(_metadata, &huge))
+		return;
 	setup_vram(_metadata, &self->fd, &self->size, &self->result);
 	if (self->fd < 0)
 		return;
 	pages = huge / page;
-	self->p = map_place(1);
+	self->p = map_huge(huge, huge);
 	self->copy = malloc(huge);
-	ASSERT_NE(NULL, self->p);
+	ASSERT_NE(MAP_FAILED, self->p);
 	ASSERT_NE(NULL, self->copy);
 	cpu_randomize(self->copy, huge, 1);
 	memcpy(self->p, self->copy, huge);
@@ -179,9 +160,9 @@ TEST_F(large, without_a_policy_an_access_neither_moves_nor_splits_it)
 /* Where the CPU would get a large folio of zeroes, the device does. */
 TEST_F(large, the_first_write_to_a_hole_populates_all_of_it)
 {
-	uint8_t *p = map_place(1);
+	uint8_t *p = map_huge(huge, huge);
 
-	ASSERT_NE(NULL, p);
+	ASSERT_NE(MAP_FAILED, p);
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p + 100 * page, 0x11, WORD)));
 	EXPECT_EQ(pages, stats_of(_metadata, self->fd).large_to_device);
 	EXPECT_EQ(0x1111111111111111ULL, device_sum(self, p, huge));
@@ -193,9 +174,9 @@ TEST_F(large, the_first_write_to_a_hole_populates_all_of_it)
 /* The huge zero page, which all processes share. */
 TEST_F(large, a_huge_page_of_zeroes_moves_for_a_write_only)
 {
-	uint8_t *p = map_place(1);
+	uint8_t *p = map_huge(huge, huge);
 
-	ASSERT_NE(NULL, p);
+	ASSERT_NE(MAP_FAILED, p);
 	ASSERT_EQ(0, cpu_load(p));
 	EXPECT_EQ(0, device_sum(self, p, huge));
 	EXPECT_EQ(0, stats_of(_metadata, self->fd).pages_to_device);
@@ -321,10 +302,10 @@ TEST_F(large, after_fork_each_process_has_its_own)
 TEST_F(large, folios_that_are_evicted_stay_large)
 {
 	const size_t count = self->size / huge + 2;
-	uint8_t *p = map_place(count);
+	uint8_t *p = map_huge(count * huge, huge);
 	struct dummy_gpu_stats stats;
 
-	ASSERT_NE(NULL, p);
+	ASSERT_NE(MAP_FAILED, p);
 	for (size_t i = 0; i < count; i++)
 		memset(p + i * huge, i + 1, huge);
 	for (size_t i = 0; i < count; i++)
@@ -351,8 +332,8 @@ TEST_F(large, smaller_large_folios_move_as_pages)
 	ASSERT_NE(NULL, word);
 	*strchr(word, ']') = 0;
 	ASSERT_TRUE(write_to(enabled, "always"));
-	p = map_place(1);
-	ASSERT_NE(NULL, p);
+	p = map_huge(huge, huge);
+	ASSERT_NE(MAP_FAILED, p);
 	/* What is left is too small for a huge page. */
 	ASSERT_EQ(0, munmap(p + huge / 2, huge / 2));
 	memcpy(p, self->copy, huge / 2);
@@ -449,11 +430,11 @@ static void storm(struct __test_metadata *_metadata, const LARGE *self,
 		  void (*what)(uint8_t *p))
 {
 	void *(*const roles[])(void *) = { count_by_cpu, count_by_device, move_folios, disturb };
-	struct storm storm = { .self = self, .p = map_place(FOLIOS), .disturb = what };
+	struct storm storm = { .self = self, .p = map_huge(FOLIOS * huge, huge), .disturb = what };
 	pthread_t threads[4];
 	struct dummy_gpu_stats stats;
 
-	ASSERT_NE(NULL, storm.p);
+	ASSERT_NE(MAP_FAILED, storm.p);
 	for (int i = 0; i < 4; i++)
 		ASSERT_EQ(0, pthread_create(&threads[i], NULL, roles[i], &storm));
 	sleep(setting_of("DUMMY_GPU_SECONDS", 3));
@@ -535,9 +516,9 @@ TEST_F_TIMEOUT(large, nothing_is_lost_while_memory_is_compacted, STORM_TIMEOUT)
 static void press(uint8_t *p)
 {
 	const size_t length = FOLIOS * huge;
-	uint8_t *hog = map_place(FOLIOS);
+	uint8_t *hog = map_huge(FOLIOS * huge, huge);
 
-	if (!hog)
+	if (hog == MAP_FAILED)
 		return;
 	for (size_t i = 0; i < length; i += page)
 		cpu_store(hog + i, 1);

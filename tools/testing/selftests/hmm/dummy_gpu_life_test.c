@@ -26,9 +26,10 @@
 
 /*
  * The size of most memory: two and a half of the blocks of 16 pages that a CPU
- * fault migrates.
+ * fault migrates, or two huge pages.
  */
-#define PAGES	40
+static size_t buffer_pages = 40;
+static size_t huge;	/* the bytes of a huge page, if the tests are to use them */
 
 /* The pages on both devices now, or less than 0. */
 static int64_t device_pages(void)
@@ -130,8 +131,13 @@ FIXTURE_SETUP(life)
 	setup_vram(_metadata, &self->fd, &self->size, &self->result);
 	if (self->fd < 0 || !self->size)
 		return;
+	if (wants_huge()) {
+		if (!setup_huge(_metadata, &huge))
+			return;
+		buffer_pages = 2 * huge / page;
+	}
 	signal(SIGPIPE, SIG_IGN);
-	self->length = PAGES * page;
+	self->length = buffer_pages * page;
 	self->expect = malloc(self->length);
 	self->copy = malloc(self->length);
 	ASSERT_NE(NULL, self->expect);
@@ -245,15 +251,23 @@ static void nap(uint64_t *seed, unsigned int most)
 /* New memory with random contents, in device memory if a file is given. */
 static uint8_t *map_random(int fd, uint8_t *expect, size_t length, uint64_t seed)
 {
-	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
+	const size_t pages = length / page;
+	bool whole = huge && !(length % huge);
+	uint8_t *p = whole ? map_huge(length, huge) : map(length, PROT_READ | PROT_WRITE);
+	struct dummy_gpu_stats before, after;
 
 	if (p == MAP_FAILED)
 		return NULL;
 	cpu_randomize(expect, length, seed);
 	memcpy(p, expect, length);
-	if (fd >= 0 && prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_DEVICE) != length / page)
+	if (fd < 0)
+		return p;
+	if (gpu_stats(fd, &before) ||
+	    prefetch_all(fd, p, length, DUMMY_GPU_LOCATION_DEVICE) != pages ||
+	    gpu_stats(fd, &after))
 		return NULL;
-	return p;
+	/* They are large folios on the device as well. */
+	return whole && after.large_to_device - before.large_to_device != pages ? NULL : p;
 }
 
 static int check_by_device(int fd, uint64_t *result, const void *p, const void *expect,
@@ -374,7 +388,7 @@ TEST_F(life, killed_in_fault)
 		ASSERT_EQ(space, mremap(p, self->length, self->length,
 					MREMAP_MAYMOVE | MREMAP_FIXED, space));
 		p = space;
-		ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length,
+		ASSERT_EQ(buffer_pages, prefetch_all(self->fd, p, self->length,
 					      DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
@@ -695,8 +709,8 @@ static void end_copying(struct __test_metadata *_metadata, LIFE *self,
 /* A random range of pages of the test's memory. */
 static size_t any_pages(uint64_t *seed, size_t *first)
 {
-	*first = cpu_random(seed) % PAGES * page;
-	return (1 + cpu_random(seed) % (PAGES - *first / page)) * page;
+	*first = cpu_random(seed) % buffer_pages * page;
+	return (1 + cpu_random(seed) % (buffer_pages - *first / page)) * page;
 }
 
 TEST_F(life, munmap_under_command)
@@ -881,7 +895,7 @@ TEST_F(life, file_closed)
 		EXPECT_EQ(0, tell(&other));
 		EXPECT_EQ(0, hear(&other));
 		if (self->pages >= 0)
-			EXPECT_EQ(self->pages + 2 * PAGES, device_pages());
+			EXPECT_EQ(self->pages + 2 * buffer_pages, device_pages());
 		if (round & 8)
 			EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
 		EXPECT_EQ(0, tell(&other));
@@ -956,7 +970,7 @@ TEST_F(life, file_passed_on)
 		 * is still open.
 		 */
 		if (self->pages >= 0)
-			EXPECT_GE(self->pages + PAGES, device_pages());
+			EXPECT_GE(self->pages + buffer_pages, device_pages());
 		EXPECT_EQ(0, refused(fd, p));
 		EXPECT_SEEN(p, round);
 		munmap(p, self->length);
@@ -1018,7 +1032,7 @@ static int accessed_child(LIFE *self, struct other *other, uint8_t *p)
 	for (int round = 0; round < ROUNDS && !err; round++) {
 		cpu_randomize(self->expect, self->length, round);
 		memcpy(p, self->expect, self->length);
-		err = prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE) != PAGES;
+		err = prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE) != buffer_pages;
 		if (!err)
 			err = tell(other) || hear(other);
 		for (size_t at = round * 8; at < self->length; at += page)
@@ -1147,7 +1161,11 @@ TEST_F(life, pinned_for_long)
 				     &buffer, 1)) TH_LOG("%s", strerror(errno));
 		EXPECT_EQ(0, prefetch_all(self->fd, p + first, n, DUMMY_GPU_LOCATION_DEVICE));
 		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
-		EXPECT_EQ(PAGES - n / page, stats_of(_metadata, self->fd).device_pages);
+		/* All pages of a folio stay, if one is pinned. */
+		EXPECT_GE(buffer_pages - n / page, stats_of(_metadata, self->fd).device_pages);
+		if (!huge)
+			EXPECT_EQ(buffer_pages - n / page,
+				  stats_of(_metadata, self->fd).device_pages);
 		EXPECT_SEEN(p, round);
 
 		/*
@@ -1168,13 +1186,13 @@ TEST_F(life, pinned_for_long)
 		ASSERT_EQ(0, syscall(__NR_io_uring_register, u.fd, IORING_UNREGISTER_BUFFERS,
 				     NULL, 0));
 		for (int i = 0; i < 1000; i++) {
-			if (stats_of(_metadata, self->fd).device_pages == PAGES)
+			if (stats_of(_metadata, self->fd).device_pages == buffer_pages)
 				break;
 			EXPECT_LE(0, prefetch_all(self->fd, p, self->length,
 						  DUMMY_GPU_LOCATION_DEVICE));
 			usleep(i ? 1000 : 0);
 		}
-		EXPECT_EQ(PAGES, stats_of(_metadata, self->fd).device_pages);
+		EXPECT_EQ(buffer_pages, stats_of(_metadata, self->fd).device_pages);
 		EXPECT_SEEN(p, round);
 		munmap(p, self->length);
 	}
@@ -1816,7 +1834,7 @@ TEST_F_SETS(module_removed)
 		ASSERT_NE(NULL, p);
 		fd = open_new();
 		ASSERT_LE(0, fd);
-		ASSERT_EQ(PAGES, prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+		ASSERT_EQ(buffer_pages, prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
 		if (!pid) {
@@ -1841,7 +1859,7 @@ TEST_F_SETS(module_removed)
 		EXPECT_EQ(0, check_by_device(fd, self->result, p, self->expect, self->length));
 		EXPECT_EQ(0, close(fd));
 		if (instance_pages() >= 0)
-			EXPECT_LE(PAGES, instance_pages());
+			EXPECT_LE(buffer_pages, instance_pages());
 		if (round & 1)
 			ASSERT_EQ(0, pthread_create(&thread, NULL, look_thread, &looker));
 		ASSERT_EQ(0, module_remove());
@@ -1981,13 +1999,13 @@ TEST_F(life, invalidations_have_a_cause)
 	/* The first access makes entries, and the migration invalidates them. */
 	ASSERT_EQ(0, gpu_advise(self->fd, p, self->length, DUMMY_GPU_POLICY_NONE));
 	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
-	ASSERT_EQ(PAGES, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+	ASSERT_EQ(buffer_pages, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 	CAUSE(own_migrations);
 	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
 	EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
 	CAUSE(own_migrations);
 	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
-	ASSERT_EQ(PAGES, prefetch_all(other, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+	ASSERT_EQ(buffer_pages, prefetch_all(other, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 	CAUSE(other_migrations);
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 1, self->length)));
 	ASSERT_EQ(0, mprotect(p, self->length, PROT_READ));
@@ -2208,7 +2226,7 @@ static int touch(const uint8_t *p, const uint8_t *expect)
 static void expect_lost(struct __test_metadata *_metadata, LIFE *self, int fd, uint8_t *p,
 			size_t lost)
 {
-	for (size_t i = 0; i < PAGES; i++) {
+	for (size_t i = 0; i < buffer_pages; i++) {
 		uint8_t *at = p + i * page;
 		int err = i < lost ? -EFAULT : 0;
 
@@ -2223,7 +2241,7 @@ static void expect_lost(struct __test_metadata *_metadata, LIFE *self, int fd, u
 TEST_F_SETS(only_what_a_lost_device_had_is_lost)
 {
 	const char *path = without_module(_metadata, self);
-	const size_t lost = PAGES / 2;
+	const size_t lost = buffer_pages / 2;
 	struct other other;
 	uint8_t *p;
 	uint64_t start;
@@ -2245,7 +2263,7 @@ TEST_F_SETS(only_what_a_lost_device_had_is_lost)
 		close(fd);
 		if (hear(&other))
 			_exit(1);
-		for (size_t i = 0; i < PAGES; i++) {
+		for (size_t i = 0; i < buffer_pages; i++) {
 			const uint8_t *expect = self->expect + i * page;
 
 			if (touch(p + i * page, expect) != (i < lost ? -EFAULT : 0))

@@ -324,21 +324,6 @@ TEST_F(vram, no_eviction_for_what_does_not_move)
 	close(file);
 }
 
-/* The pages of a range that are swapped out. Pages on the device seem to be, too. */
-static size_t pages_swapped(uint8_t *p, size_t length)
-{
-	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-	size_t count = 0;
-	uint64_t entry;
-
-	for (size_t i = 0; i < length; i += page) {
-		if (pread(fd, &entry, sizeof(entry), gpu_addr(p + i) / page * 8) == sizeof(entry))
-			count += entry >> 62 & 1;
-	}
-	close(fd);
-	return count;
-}
-
 /* Nothing is evicted to make room for memory that is swapped out. */
 TEST_F(vram, no_eviction_for_what_is_swapped_out)
 {
@@ -347,8 +332,8 @@ TEST_F(vram, no_eviction_for_what_is_swapped_out)
 	uint8_t *victim = map_filled(_metadata, self->fd, self->size, 0x5a);
 	uint8_t *p = map(length, PROT_READ | PROT_WRITE);
 	struct dummy_gpu_stats before, after;
-	size_t swapped = 0;
 	int fd = gpu_open(GPU_DEVICE), err;
+	size_t swapped;
 
 	ASSERT_LE(0, fd);
 	ASSERT_NE(MAP_FAILED, p);
@@ -356,10 +341,7 @@ TEST_F(vram, no_eviction_for_what_is_swapped_out)
 	if (err)
 		SKIP(return, "no swap on %s: %s", disk, strerror(-err));
 	memset(p, 3, length);
-	for (int i = 0; i < 100 && swapped != length / page; i++) {
-		madvise(p, length, MADV_PAGEOUT);
-		swapped = pages_swapped(p, length);
-	}
+	swapped = swap_out(p, length);
 	before = stats_of(_metadata, self->fd);
 	err = run(fd, gpu_unary(DUMMY_GPU_OP_SUM, self->result, p, length));
 	after = stats_of(_metadata, self->fd);
