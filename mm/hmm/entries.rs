@@ -376,6 +376,22 @@ impl Entries {
         true
     }
 
+    /// Replaces the `u64` at `va` by what `f` returns for it, and marks the folio dirty. Returns the
+    /// old value.
+    ///
+    /// Returns `None`, and changes nothing, if the entry of the page does not allow a write or the
+    /// `u64` reaches past the page. `f` is not called then. The same if `f` returns `None`.
+    pub(crate) fn update(&mut self, va: usize, f: impl FnOnce(u64) -> Option<u64>) -> Option<u64> {
+        let mut old = [0; size_of::<u64>()];
+        self.page(va, old.len(), Access::Write)?;
+        if !self.read(va, &mut old) {
+            return None;
+        }
+        let old = u64::from_ne_bytes(old);
+        let new = f(old)?;
+        self.write(va, &new.to_ne_bytes()).then_some(old)
+    }
+
     /// The page at `va`, if its entry allows `access` and the `len` bytes at `va` lie in it.
     fn page(&self, va: usize, len: usize, access: Access) -> Option<(*mut bindings::page, Place)> {
         let pfn = self.get(va);

@@ -48,6 +48,9 @@ EXPORT_SYMBOL_GPL(rust_hmm_mirror_read);
 DECLARE_RUST(rust_hmm_mirror_write);
 EXPORT_SYMBOL_GPL(rust_hmm_mirror_write);
 
+DECLARE_RUST(rust_hmm_mirror_update);
+EXPORT_SYMBOL_GPL(rust_hmm_mirror_update);
+
 /* mirrored_mm.rs */
 
 DECLARE_RUST(rust_hmm_mirror_mm);

@@ -268,6 +268,31 @@ impl Mirror {
         })
     }
 
+    /// Replaces the `u64` at `va` by what `f` returns for it. Returns the old value.
+    ///
+    /// This is an atomic operation of a device that is made of software, on a page that is exclusive
+    /// to it ([`ExclusivePage`](super::ExclusivePage)). Nothing else can access the page between the
+    /// read and the write: neither a CPU or another device, which would have to take it away first,
+    /// nor this mirror. On any other page this is not atomic. The core does not know which pages
+    /// are exclusive, so `f` has to look that up in the page table of the device, and returns `None`
+    /// for a page that is not.
+    ///
+    /// # Context
+    ///
+    /// Any task. Sleeps to take the region's lock for write, and calls `f` with it held, at most
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// A [`Miss`] at `va`, and nothing has changed, if the page has no entry that the device may
+    /// write, if `f` returns `None`, if `va` is not a multiple of 8, or if this is called from a
+    /// callback or closure that this crate runs.
+    #[inline]
+    pub fn update(&self, va: usize, f: impl FnOnce(u64) -> Option<u64>) -> Result<u64, Miss> {
+        let mut f = Some(f);
+        mirror_update(self, va, &mut |old| f.take()?(old))
+    }
+
     /// Splits the `len` bytes at `va` at page boundaries, and calls `copy` for each part with the
     /// lock of its region held for read.
     fn access(
@@ -367,6 +392,24 @@ pub(crate) fn mirror_new(
     dma: Option<&Arc<Dma>>,
 ) -> Result<Mirror> {
     Mirror::with(module, ops, None, dma)
+}
+
+#[inline(never)]
+#[export_name = "rust_hmm_mirror_update"]
+fn mirror_update(
+    mirror: &Mirror,
+    va: usize,
+    f: &mut dyn FnMut(u64) -> Option<u64>,
+) -> Result<u64, Miss> {
+    let access = Access::Write;
+    let miss = Miss { va, access };
+    if Callback::is_running() || va % size_of::<u64>() != 0 {
+        return Err(miss);
+    }
+    let region = mirror.region(va).ok_or(miss)?;
+    let mut entries = region.entries().write();
+    let _callback = Callback::begin();
+    entries.update(va, f).ok_or(miss)
 }
 
 impl Drop for Mirror {

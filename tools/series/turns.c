@@ -4,7 +4,8 @@
  *
  *   turns SECONDS REPEAT TIMES NAME PROGRAM [ARGS..] [-- ..]..
  *
- * A program may take that many seconds. It runs again until it has had REPEAT seconds in all, at most TIMES.
+ * A program may take that many seconds. It runs again until it has had REPEAT seconds in all, at most TIMES. If
+ * it is to be repeated (REPEAT is not 0) and fails, it runs three times.
  * The working directory is /tmp, there is some swap, and standard error is standard output. Before and after
  * each program there is a line on standard output:
  *   == NAME
@@ -75,8 +76,8 @@ static bool ended(pid_t child, int *status, double seconds)
 	return false;
 }
 
-/* Returns how long the program ran. */
-static double turn(char **argv, int seconds)
+/* Returns how long the program ran, and whether it failed. */
+static double turn(char **argv, int seconds, bool *failed)
 {
 	int status = 0, to = eventfd(0, EFD_NONBLOCK), back = eventfd(0, EFD_NONBLOCK);
 	const char *name = strrchr(argv[1], '/') ? strrchr(argv[1], '/') + 1 : argv[1];
@@ -120,6 +121,7 @@ static double turn(char **argv, int seconds)
 	if (read(to, &pages[0], sizeof(pages[0])) < 0 || read(back, &pages[1], sizeof(pages[1])) < 0)
 		;
 	took = b.tv_sec - a.tv_sec + (b.tv_nsec - a.tv_nsec) / 1e9;
+	*failed = strcmp(end, "exit 0");
 	dprintf(1, "\n== %s, %llu %llu pages, %.1f s\n", end, (unsigned long long)pages[0],
 		(unsigned long long)pages[1], took);
 	close(to);
@@ -129,7 +131,8 @@ static double turn(char **argv, int seconds)
 
 int main(int argc, char **argv)
 {
-	int i, n, start = 1;
+	int i, n, repeat, start = 1;
+	bool failed;
 	double took;
 
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -146,9 +149,10 @@ int main(int argc, char **argv)
 		}
 		took = 0;
 		n = 0;
+		repeat = atoi(argv[start + 1]);
 		do
-			took += turn(argv + start + 3, atoi(argv[start]));
-		while (took < atoi(argv[start + 1]) && ++n < atoi(argv[start + 2]));
+			took += turn(argv + start + 3, atoi(argv[start]), &failed);
+		while (++n < atoi(argv[start + 2]) && (took < repeat || (repeat && failed && n < 3)));
 		start = i + 1;
 	}
 	return 0;

@@ -29,6 +29,8 @@ const XOR: u64 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_XOR as u64;
 const SUM: u64 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_SUM as u64;
 const CRC32: u64 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_CRC32 as u64;
 const HISTOGRAM: u64 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_HISTOGRAM as u64;
+const FETCH_ADD: u64 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_FETCH_ADD as u64;
+const COMPARE_EXCHANGE: u64 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_COMPARE_EXCHANGE as u64;
 
 /// `struct dummy_gpu_command`, as user space filled it in.
 #[derive(Copy, Clone, Debug, Default)]
@@ -129,6 +131,15 @@ impl Reduce {
     }
 }
 
+/// What [`Command::Atomic`] does to the `u64`.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AtomicOp {
+    /// Adds a number, modulo 2^64.
+    FetchAdd(u64),
+    /// Replaces it by `new` if it is equal to the `u64` at `expected`.
+    CompareExchange { expected: Operand, new: u64 },
+}
+
 /// A command with valid operands.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
@@ -150,6 +161,13 @@ pub(crate) enum Command {
         how: Reduce,
         dst: Operand,
         src: Operand,
+    },
+    /// Operates atomically on the `u64` at `target`, and then writes its old value to `dst`, which
+    /// does not overlap it.
+    Atomic {
+        op: AtomicOp,
+        dst: Operand,
+        target: Operand,
     },
 }
 
@@ -173,6 +191,8 @@ impl Command {
         let unused: &[u64] = match raw.opcode {
             FILL => &[raw.src, raw.src2],
             ADD | XOR => &[raw.value],
+            FETCH_ADD => &[raw.src2],
+            COMPARE_EXCHANGE => &[],
             _ => &[raw.src2, raw.value],
         };
         if unused.iter().any(|field| *field != 0) {
@@ -198,6 +218,13 @@ impl Command {
             SUM => Self::reduce(Reduce::Sum, raw.dst, Operand::new_words(raw.src, len)?),
             CRC32 => Self::reduce(Reduce::Crc32, raw.dst, Operand::new(raw.src, len)?),
             HISTOGRAM => Self::reduce(Reduce::Histogram, raw.dst, Operand::new(raw.src, len)?),
+            FETCH_ADD => Self::atomic(AtomicOp::FetchAdd(raw.value), raw),
+            COMPARE_EXCHANGE => {
+                let expected = Operand::new_words(raw.src2, len)?;
+                let new = raw.value;
+
+                Self::atomic(AtomicOp::CompareExchange { expected, new }, raw)
+            }
             _ => Err(EINVAL),
         }
     }
@@ -208,6 +235,13 @@ impl Command {
             Self::Fill { dst, .. } => dst.end(),
             Self::Copy { dst, src } | Self::Reduce { dst, src, .. } => dst.end().max(src.end()),
             Self::Combine { dst, src, src2, .. } => dst.end().max(src.end()).max(src2.end()),
+            Self::Atomic { op, dst, target } => {
+                let end = dst.end().max(target.end());
+                match op {
+                    AtomicOp::FetchAdd(_) => end,
+                    AtomicOp::CompareExchange { expected, .. } => end.max(expected.end()),
+                }
+            }
         }
     }
 
@@ -235,6 +269,16 @@ impl Command {
         let dst = Operand::new_words(dst, how.result_len())?;
 
         Ok(Self::Reduce { how, dst, src })
+    }
+
+    fn atomic(op: AtomicOp, raw: &RawCommand) -> Result<Self> {
+        let dst = Operand::new_words(raw.dst, WORD)?;
+        let target = Operand::new_words(raw.src, WORD)?;
+
+        if raw.length != WORD as u64 || dst.overlaps(&target) {
+            return Err(EINVAL);
+        }
+        Ok(Self::Atomic { op, dst, target })
     }
 }
 
@@ -301,7 +345,7 @@ mod tests {
 
     #[test]
     fn an_unknown_opcode_is_rejected() {
-        for opcode in [0, HISTOGRAM + 1, 1 << 32 | FILL, u64::MAX] {
+        for opcode in [0, 99, 1 << 32 | FILL, u64::MAX] {
             assert!(rejected(FILL, |raw| raw.opcode = opcode));
         }
     }
@@ -438,6 +482,69 @@ mod tests {
             (SRC2 + 2 * LEN) as usize
         );
         Ok(())
+    }
+
+    /// A good atomic command.
+    fn good_atomic(opcode: u64) -> RawCommand {
+        RawCommand {
+            opcode,
+            dst: DST,
+            src: SRC,
+            src2: if opcode == FETCH_ADD { 0 } else { SRC2 },
+            length: WORD as u64,
+            value: 5,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn an_atomic_command_has_its_operands() -> Result {
+        let (dst, target) = (Operand::new(DST, WORD)?, Operand::new(SRC, WORD)?);
+        let expected = Operand::new(SRC2, WORD)?;
+        let ops = [
+            (FETCH_ADD, AtomicOp::FetchAdd(5), SRC + 8),
+            (
+                COMPARE_EXCHANGE,
+                AtomicOp::CompareExchange { expected, new: 5 },
+                SRC2 + 8,
+            ),
+        ];
+        for (opcode, op, end) in ops {
+            let command = Command::new(&good_atomic(opcode))?;
+            assert!(command == Command::Atomic { op, dst, target });
+            assert_eq!(command.end(), end as usize);
+        }
+        // The expected value may be replaced by the old one, as that of C's function is.
+        let in_place = RawCommand {
+            dst: SRC2,
+            ..good_atomic(COMPARE_EXCHANGE)
+        };
+        assert!(Command::new(&in_place).is_ok());
+        Ok(())
+    }
+
+    #[test]
+    fn an_atomic_command_is_on_one_aligned_word() {
+        let changes: [fn(&mut RawCommand); 10] = [
+            |raw| raw.length = 16,
+            |raw| raw.length = 4,
+            |raw| raw.length = 0,
+            |raw| raw.src += 4,
+            |raw| raw.dst += 1,
+            |raw| raw.dst = SRC,
+            |raw| raw.src = usize::MAX as u64 & !7,
+            |raw| raw.dst = usize::MAX as u64 & !7,
+            |raw| raw.flags = 1,
+            // Not a field of FETCH_ADD, and not aligned for COMPARE_EXCHANGE.
+            |raw| raw.src2 += 2,
+        ];
+        for opcode in [FETCH_ADD, COMPARE_EXCHANGE] {
+            for change in changes {
+                let mut raw = good_atomic(opcode);
+                change(&mut raw);
+                assert!(Command::new(&raw) == Err(EINVAL));
+            }
+        }
     }
 
     #[test]

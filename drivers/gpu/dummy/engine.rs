@@ -12,6 +12,7 @@
 mod kunit;
 
 use super::command::{
+    AtomicOp,
     Combine,
     Command,
     Operand,
@@ -38,6 +39,10 @@ pub(crate) trait Memory {
     /// Copies `buf` to memory at `va`. The bytes lie in one page. On a miss none of them is
     /// written.
     fn write(&mut self, va: usize, buf: &[u8]) -> Result<(), Miss>;
+
+    /// Replaces the `u64` at `va` by what `f` returns for it, atomically. Returns the old value.
+    /// `va` is a multiple of 8. On a miss nothing is written.
+    fn update(&mut self, va: usize, f: impl FnOnce(u64) -> u64) -> Result<u64, Miss>;
 }
 
 /// An access that missed.
@@ -49,6 +54,8 @@ pub(crate) struct Fault {
     pub(crate) access: Access,
     /// The number of bytes from `va` on that the command will access in this way. Not zero.
     pub(crate) len: usize,
+    /// Whether the access is an atomic operation, for which the GPU needs the page exclusively.
+    pub(crate) atomic: bool,
 }
 
 /// Why the engine stopped.
@@ -71,6 +78,7 @@ pub(crate) struct Engine {
     offset: usize,
     /// The number of bytes of the result that were written.
     written: usize,
+    /// The sum, or what an atomic command found.
     sum: u64,
     crc: Crc32,
     histogram: KVec<u64>,
@@ -195,6 +203,15 @@ impl Engine {
                 self.write_result(how, dst, memory)?;
                 Ok(self.written == dst.len())
             }
+            Command::Atomic { op, dst, target } => {
+                if self.offset < target.len() {
+                    self.sum = update(memory, op, target)?;
+                    self.offset += target.len();
+                    return Ok(false);
+                }
+                write(memory, dst, 0, &self.sum.to_ne_bytes())?;
+                Ok(true)
+            }
         }
     }
 
@@ -283,11 +300,33 @@ fn write(
         .map_err(|miss| fault(operand, miss))
 }
 
+/// Operates on the `u64` at `target`. Returns the old value.
+fn update(memory: &mut impl Memory, op: AtomicOp, target: Operand) -> Result<u64, Fault> {
+    let expected = match op {
+        AtomicOp::FetchAdd(_) => 0,
+        AtomicOp::CompareExchange { expected, .. } => {
+            let mut word = [0; size_of::<u64>()];
+            read(memory, expected, 0, &mut word)?;
+            u64::from_ne_bytes(word)
+        }
+    };
+    let new = |old: u64| match op {
+        AtomicOp::FetchAdd(number) => old.wrapping_add(number),
+        AtomicOp::CompareExchange { new, .. } if old == expected => new,
+        AtomicOp::CompareExchange { .. } => old,
+    };
+    memory.update(target.start(), new).map_err(|miss| Fault {
+        atomic: true,
+        ..fault(target, miss)
+    })
+}
+
 fn fault(operand: Operand, miss: Miss) -> Fault {
     Fault {
         va: miss.va,
         access: miss.access,
         len: operand.end() - miss.va,
+        atomic: false,
     }
 }
 

@@ -16,10 +16,9 @@ use core::cmp::Ordering::{
     Greater,
     Less, //
 };
-#[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
-use hmm::ExclusivePage;
 use hmm::{
     Access,
+    ExclusivePage,
     PageRange,
     ReadPage,
     WritePage, //
@@ -147,7 +146,6 @@ impl Table {
 
     /// Maps `page` for reading, writing and atomic operations. Returns whether it was unmapped
     /// before.
-    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     fn map_exclusive(&mut self, page: usize) -> bool {
         let new = self.map(page, Access::Write);
 
@@ -247,6 +245,13 @@ impl Mmu {
             .is_some_and(|table| table.allows(index_of(va), access))
     }
 
+    /// Whether the page that contains `va` is exclusive to the GPU.
+    pub(crate) fn is_exclusive(&self, va: usize) -> bool {
+        self.tables
+            .get(&key_of(va))
+            .is_some_and(|table| is_set(&table.exclusive, index_of(va)))
+    }
+
     /// Whether any page of `range` is exclusive to the GPU.
     #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn any_exclusive(&self, range: PageRange) -> bool {
@@ -306,14 +311,12 @@ impl TableMut<'_> {
         self.set(page.va(), Access::Write)
     }
 
-    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     fn set_exclusive(&mut self, va: usize) -> bool {
         key_of(va) == self.key && self.table.map_exclusive(index_of(va))
     }
 
     /// Maps a page for reading, writing and atomic operations. Returns whether it was unmapped
     /// before.
-    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
     pub(crate) fn map_exclusive(&mut self, page: &ExclusivePage<'_>) -> bool {
         self.set_exclusive(page.va())
     }
@@ -398,6 +401,23 @@ mod tests {
         assert_eq!(mmu.unmap(page), 1);
         assert!(!mmu.any_exclusive(page));
         assert!(mmu.tables.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_is_exclusive_with_all_its_bytes_and_no_others() -> Result {
+        let mut mmu = Mmu::new();
+        let start = va(0, 5);
+
+        assert!(!mmu.is_exclusive(start));
+        map(&mut mmu, start, Access::Write)?;
+        assert!(!mmu.is_exclusive(start));
+        mmu.table(start, SpareTable::new()?).set_exclusive(start);
+        assert!(mmu.is_exclusive(start) && mmu.is_exclusive(start + PAGE_SIZE - 1));
+        assert!(!mmu.is_exclusive(start - 1) && !mmu.is_exclusive(start + PAGE_SIZE));
+        assert!(!mmu.is_exclusive(va(1, 5)));
+        mmu.unmap(pages(start, 1)?);
+        assert!(!mmu.is_exclusive(start));
         Ok(())
     }
 

@@ -373,12 +373,31 @@ impl Svm {
         }
     }
 
+    /// Makes the page of `va` exclusive to the GPU and maps it for atomic operations.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MirroredMm::make_exclusive`].
+    pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
+        let mm = self.mirror.mm()?;
+        let spare = mm.charge(SpareTable::new)?;
+
+        mm.make_exclusive(va, &mut bufs.faults, |page| {
+            let mut mmu = self.translations.mmu.lock();
+            let new = mmu.table(page.va(), spare).map_exclusive(page);
+            self.stats().add(Counter::PagesMapped, new.into());
+        })
+    }
+
     /// Services a GPU page fault.
     ///
     /// Migrates pages to where their policy says, as far as possible. Then maps the page of
     /// `fault.va` and the rest of the operand, up to the end of the window. Also maps those other
     /// pages of the window that are present and already where their policy says. Returns the
     /// address up to which the operand is mapped.
+    ///
+    /// For an atomic operation, makes the page of `fault.va` exclusive instead. If it was in the
+    /// GPU's memory, it migrates to system memory.
     ///
     /// # Context
     ///
@@ -392,11 +411,17 @@ impl Svm {
     /// - [`ESRCH`] if the process has gone.
     /// - [`EINTR`] on a fatal signal.
     /// - [`EBUSY`] if invalidations kept colliding.
+    /// - [`EOPNOTSUPP`] for an atomic operation, if the page is not one of private memory.
     /// - [`ENOMEM`].
     pub(crate) fn service(&self, fault: Fault, bufs: &mut FaultBuffers) -> Result<usize> {
         let mm = self.mirror.mm()?;
         let stats = self.stats();
         stats.add(Counter::Faults, 1);
+        if fault.atomic {
+            let result = self.make_exclusive(fault.va, bufs);
+            self.count_serviced(&result, bufs);
+            return result.map(|()| fault.va + fault.len);
+        }
 
         // This fails only for the last page of the address space, which is never user memory.
         let need = PageRange::containing(fault.va, fault.len).map_err(|_| EFAULT)?;
@@ -411,11 +436,17 @@ impl Svm {
             commit.needed().map_or(need.end(), |needed| needed.end())
         });
 
+        self.count_serviced(&result, bufs);
+        result
+    }
+
+    fn count_serviced<T>(&self, result: &Result<T>, bufs: &FaultBuffers) {
+        let stats = self.stats();
+
         stats.add(Counter::Retries, bufs.faults.retries() as usize);
         if result.is_ok() {
             stats.add(Counter::FaultBatches, 1);
         }
-        result
     }
 }
 
@@ -437,7 +468,13 @@ impl Svm {
 
         while va < range.end() {
             let len = range.end() - va;
-            va = self.service(Fault { va, access, len }, bufs)?;
+            let fault = Fault {
+                va,
+                access,
+                len,
+                atomic: false,
+            };
+            va = self.service(fault, bufs)?;
         }
         Ok(())
     }
@@ -498,22 +535,6 @@ impl Svm {
         copied.map_err(|_| ENOENT)
     }
 
-    /// Makes the page of `va` exclusive to the GPU and maps it for atomic operations.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`MirroredMm::make_exclusive`].
-    pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
-        let mm = self.mirror.mm()?;
-        let spare = mm.charge(SpareTable::new)?;
-
-        mm.make_exclusive(va, &mut bufs.faults, |page| {
-            let mut mmu = self.translations.mmu.lock();
-            let new = mmu.table(page.va(), spare).map_exclusive(page);
-            self.stats().add(Counter::PagesMapped, new.into());
-        })
-    }
-
     /// Whether any page of `range` is exclusive to the GPU.
     pub(crate) fn any_exclusive(&self, range: PageRange) -> bool {
         self.translations.mmu.lock().any_exclusive(range)
@@ -543,6 +564,17 @@ impl Memory for &Svm {
         self.mirror.write(va, buf)?;
         self.stats().add(Counter::BytesWritten, buf.len());
         Ok(())
+    }
+
+    fn update(&mut self, va: usize, f: impl FnOnce(u64) -> u64) -> Result<u64, Miss> {
+        // An invalidation waits for the core's lock before it takes the page out of the page table.
+        let old = self.mirror.update(va, |old| {
+            let is_exclusive = self.translations.mmu.lock().is_exclusive(va);
+            is_exclusive.then(|| f(old))
+        })?;
+        self.stats().add(Counter::BytesRead, size_of::<u64>());
+        self.stats().add(Counter::BytesWritten, size_of::<u64>());
+        Ok(old)
     }
 }
 

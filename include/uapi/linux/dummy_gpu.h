@@ -115,6 +115,19 @@ struct dummy_gpu_info {
  *                          which must be a multiple of 8. The old contents of
  *                          the array are overwritten.
  *
+ * @DUMMY_GPU_OP_FETCH_ADD: Add @value, modulo 2^64, to the u64 at @src
+ *                          atomically, and then write its old value to the u64
+ *                          at @dst.
+ * @DUMMY_GPU_OP_COMPARE_EXCHANGE: Replace the u64 at @src atomically by @value
+ *                                 if it is equal to the u64 at @src2. In any
+ *                                 case write its old value to the u64 at @dst
+ *                                 then, which may be the one at @src2.
+ *
+ * FETCH_ADD and COMPARE_EXCHANGE are atomic for all accesses of CPUs and
+ * devices to the u64 at @src. The page has to be one of private memory. If it
+ * is in the memory of a device, it migrates to system memory. The addresses
+ * must be multiples of 8, @length must be 8, and @dst must not be @src.
+ *
  * For ADD and XOR, @dst may be equal to @src, to @src2 or to both, but must
  * not overlap either of them in part. SUM, CRC32 and HISTOGRAM write their
  * result after they have read all of @src, so it may lie inside @src.
@@ -129,6 +142,8 @@ enum dummy_gpu_opcode {
 	DUMMY_GPU_OP_SUM = 5,
 	DUMMY_GPU_OP_CRC32 = 6,
 	DUMMY_GPU_OP_HISTOGRAM = 7,
+	DUMMY_GPU_OP_FETCH_ADD = 8,
+	DUMMY_GPU_OP_COMPARE_EXCHANGE = 9,
 };
 
 /**
@@ -136,11 +151,14 @@ enum dummy_gpu_opcode {
  * @opcode: One of enum dummy_gpu_opcode
  * @flags: Must be 0
  * @dst: Address of the destination or of the result
- * @src: Address of the source; must be 0 for FILL
- * @src2: Address of the second source of ADD and XOR; otherwise must be 0
+ * @src: Address of the source, or of what FETCH_ADD and COMPARE_EXCHANGE change;
+ *       must be 0 for FILL
+ * @src2: Address of the second source of ADD and XOR, or of the value that
+ *        COMPARE_EXCHANGE expects; otherwise must be 0
  * @length: Length of each source, or of the destination of FILL; from 1 to
  *          @max_length of struct dummy_gpu_info
- * @value: The byte that FILL writes; otherwise must be 0
+ * @value: The byte that FILL writes, the number that FETCH_ADD adds, or the new
+ *         value for COMPARE_EXCHANGE; otherwise must be 0
  * @reserved: Must be 0
  */
 struct dummy_gpu_command {
@@ -191,6 +209,7 @@ struct dummy_gpu_command {
  *  - EPERM: A destination is not writable.
  *  - EBUSY: The mapping of an operand kept changing until the time for retries
  *    was over.
+ *  - EOPNOTSUPP: An atomic operation on shared memory or on a page of a file.
  *  - ENOMEM: There is no memory to service a GPU page fault.
  *  - EINTR: The task was killed. Other signals do not interrupt the wait.
  *
@@ -200,7 +219,7 @@ struct dummy_gpu_command {
  *
  * Unless one of the general errors occurs, @size, @completed and @fault_address
  * are written back, also if a check or a command fails. If a command fails with
- * EFAULT, EPERM, EBUSY or ENOMEM, @fault_address is the first byte of an
+ * EFAULT, EPERM, EBUSY, EOPNOTSUPP or ENOMEM, @fault_address is the first byte of an
  * operand that could not be accessed: the start of the operand or the start of
  * a page in it. Otherwise @fault_address is 0.
  *

@@ -101,6 +101,74 @@ mod tests {
     }
 
     #[test]
+    fn an_update_replaces_a_word_of_the_page() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, ops) = setup(mm)?;
+            let va = page(window, 0)?.start() + 24;
+            for byte in [0, 1, 6, 7] {
+                user_write(va + byte, byte as u8 + 1)?;
+            }
+            let old = u64::from_ne_bytes([1, 2, 0, 0, 0, 0, 7, 8]);
+            user_write(va - 1, 9)?;
+            user_write(va + 8, 9)?;
+            make_exclusive(&mirror, page(window, 0)?)?;
+            assert_eq!(mirror.update(va, |word| Some(!word)).ok(), Some(old));
+            assert_eq!(mirror.update(va, Some).ok(), Some(!old));
+            let before = ops.count();
+            for (byte, value) in (!old).to_ne_bytes().iter().enumerate() {
+                assert_eq!(user_read(va + byte)?, *value);
+            }
+            assert_eq!((user_read(va - 1)?, user_read(va + 8)?), (9, 9));
+            // The CPU has taken the page away.
+            assert!(ops.count() > before);
+            assert!(mirror.update(va, Some).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn an_update_that_misses_changes_nothing() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, window, _) = setup(mm)?;
+            let (first, next) = (page(window, 0)?, page(window, 1)?);
+            let misses = |va, new| {
+                let mut called = false;
+                let result = mirror.update(va, |_| {
+                    called = true;
+                    new
+                });
+                assert!(result.is_err_and(|miss| miss.va == va && miss.access == Access::Write));
+                called
+            };
+            user_write(first.start(), 1)?;
+            assert!(!misses(first.start(), Some(2)));
+            // The device may only read this page.
+            user_read(next.start())?;
+            mirror.mm()?.fault(
+                FaultRequest::new(next, Access::Read),
+                &mut FaultBuf::new(0)?,
+                |_| (),
+            )?;
+            assert!(!misses(next.start(), Some(2)));
+
+            make_exclusive(&mirror, first)?;
+            // No `u64` reaches from one page to the next.
+            for va in [first.start() + 4, first.end() - 1] {
+                assert!(!misses(va, Some(2)));
+            }
+            assert!(misses(first.start(), None));
+            // An update within an update would wait for the lock of the region.
+            let outer = mirror.update(first.start(), |word| {
+                assert!(!misses(first.start(), Some(2)));
+                Some(word)
+            });
+            assert_eq!(outer.ok(), Some(1));
+            assert_eq!(user_read(first.start())?, 1);
+            Ok(())
+        })
+    }
+
+    #[test]
     fn a_page_that_is_exclusive_can_be_made_so_again() -> Result {
         with_user_mm(|mm| {
             let (mirror, window, _) = setup(mm)?;

@@ -17,6 +17,8 @@ mod tests {
     const SUM: u32 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_SUM;
     const CRC32: u32 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_CRC32;
     const HISTOGRAM: u32 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_HISTOGRAM;
+    const FETCH_ADD: u32 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_FETCH_ADD;
+    const COMPARE_EXCHANGE: u32 = uapi::dummy_gpu_opcode_DUMMY_GPU_OP_COMPARE_EXCHANGE;
 
     /// Where the fake memory starts.
     const BASE: usize = 16 * PAGE_SIZE;
@@ -26,6 +28,8 @@ mod tests {
     struct Fake {
         bytes: KVec<u8>,
         pages: [Option<Access>; PAGES],
+        /// The pages that atomic operations may use.
+        exclusive: [bool; PAGES],
         /// Whether an access touched more than one page.
         crossed: bool,
     }
@@ -40,6 +44,7 @@ mod tests {
             Ok(Self {
                 bytes,
                 pages: [Some(Access::Write); PAGES],
+                exclusive: [false; PAGES],
                 crossed: false,
             })
         }
@@ -74,6 +79,9 @@ mod tests {
             if let Some(page) = self.pages.get_mut((fault.va - BASE) / PAGE_SIZE) {
                 *page = Some(fault.access);
             }
+            if let Some(page) = self.exclusive.get_mut((fault.va - BASE) / PAGE_SIZE) {
+                *page |= fault.atomic;
+            }
         }
 
         fn at(&self, va: usize, len: usize) -> &[u8] {
@@ -102,6 +110,17 @@ mod tests {
             let range = self.range(va, buf.len(), Access::Write)?;
             self.bytes[range].copy_from_slice(buf);
             Ok(())
+        }
+
+        fn update(&mut self, va: usize, f: impl FnOnce(u64) -> u64) -> Result<u64, Miss> {
+            let access = Access::Write;
+            let range = self.range(va, 8, access)?;
+            if !self.exclusive[range.start / PAGE_SIZE] {
+                return Err(Miss { va, access });
+            }
+            let old = self.word(va);
+            self.bytes[range].copy_from_slice(&f(old).to_ne_bytes());
+            Ok(old)
         }
     }
 
@@ -342,6 +361,7 @@ mod tests {
             va: BASE + PAGE_SIZE,
             access: Access::Read,
             len: PAGE_SIZE + 8,
+            atomic: false,
         };
         assert!(engine.run(&mut memory, || true) == Stop::Fault(fault));
         // Nothing changes for as long as it is not served.
@@ -353,6 +373,7 @@ mod tests {
             va: BASE + 6 * PAGE_SIZE,
             access: Access::Write,
             len: PAGE_SIZE + 8,
+            atomic: false,
         };
         assert!(engine.run(&mut memory, || true) == Stop::Fault(fault));
         memory.serve(fault);
@@ -399,6 +420,89 @@ mod tests {
         Ok(())
     }
 
+    fn atomic(opcode: u32, dst: usize, src: usize, src2: usize, value: u64) -> RawCommand {
+        RawCommand {
+            value,
+            ..command(opcode, dst, src, src2, 8)
+        }
+    }
+
+    #[test]
+    fn fetch_add_wraps_and_returns_what_was_there() -> Result {
+        let mut memory = Fake::new()?;
+        let (dst, target) = (BASE + PAGE_SIZE, BASE + 3 * PAGE_SIZE - 8);
+
+        memory.put(target, &(u64::MAX - 1).to_ne_bytes());
+        // The page of the target is made exclusive once.
+        let raw = atomic(FETCH_ADD, dst, target, 0, 3);
+        for (faults, old, new) in [(1, u64::MAX - 1, 1), (0, 1, 4)] {
+            assert_eq!(run(&mut memory, raw)?, faults);
+            assert_eq!((memory.word(dst), memory.word(target)), (old, new));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn compare_exchange_replaces_only_what_is_expected() -> Result {
+        let mut memory = Fake::new()?;
+        let (dst, target) = (BASE + PAGE_SIZE, BASE + 2 * PAGE_SIZE);
+        let expected = BASE + 4 * PAGE_SIZE;
+        let raw = atomic(COMPARE_EXCHANGE, dst, target, expected, 7);
+
+        memory.put(target, &5u64.to_ne_bytes());
+        memory.put(expected, &4u64.to_ne_bytes());
+        run(&mut memory, raw)?;
+        assert_eq!((memory.word(dst), memory.word(target)), (5, 5));
+        assert_eq!(memory.word(expected), 4);
+        // It fails once more, and puts there what it should have expected.
+        run(
+            &mut memory,
+            RawCommand {
+                dst: raw.src2,
+                ..raw
+            },
+        )?;
+        assert_eq!((memory.word(expected), memory.word(target)), (5, 5));
+        run(&mut memory, raw)?;
+        assert_eq!((memory.word(dst), memory.word(target)), (5, 7));
+        Ok(())
+    }
+
+    #[test]
+    fn an_atomic_command_operates_once_however_often_it_faults() -> Result {
+        let (dst, target, expected) = (BASE, BASE + 2 * PAGE_SIZE, BASE + 4 * PAGE_SIZE);
+
+        for (opcode, src2, faults) in [(FETCH_ADD, 0, 2), (COMPARE_EXCHANGE, expected, 3)] {
+            let mut memory = Fake::unmapped()?;
+            let old = memory.word(target);
+            memory.put(expected, &old.to_ne_bytes());
+            let raw = atomic(opcode, dst, target, src2, 1);
+            assert_eq!(run(&mut memory, raw)?, faults);
+            assert_eq!(memory.word(dst), old);
+            let new = if opcode == FETCH_ADD { old + 1 } else { 1 };
+            assert_eq!(memory.word(target), new);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_atomic_fault_is_of_the_target_and_says_so() -> Result {
+        let mut memory = Fake::new()?;
+        let (dst, target) = (BASE, BASE + 2 * PAGE_SIZE + 8);
+        let mut engine = engine(&[atomic(FETCH_ADD, dst, target, 0, 1)])?;
+        let before = memory.word(target);
+
+        let fault = Fault {
+            va: target,
+            access: Access::Write,
+            len: 8,
+            atomic: true,
+        };
+        assert!(engine.run(&mut memory, || true) == Stop::Fault(fault));
+        assert_eq!(memory.word(target), before);
+        Ok(())
+    }
+
     #[test]
     fn the_engine_can_be_paused_before_every_page() -> Result {
         let mut memory = Fake::new()?;
@@ -426,6 +530,7 @@ mod tests {
             va: start,
             access: Access::Write,
             len: 15,
+            atomic: false,
         };
         assert!(engine.run(&mut memory, || true) == Stop::Fault(fault));
         Ok(())

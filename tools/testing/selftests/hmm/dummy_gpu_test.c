@@ -608,7 +608,7 @@ TEST_F(uapi, command_fields)
 	const uint64_t a = gpu_addr(self->p), b = a + page, c = b + page, n = 64;
 	const struct bad_command bad[] = {
 		{ "opcode 0", { .opcode = 0, .dst = c, .length = n }, -EINVAL },
-		{ "opcode 8", { .opcode = 8, .dst = c, .length = n }, -EINVAL },
+		{ "opcode 99", { .opcode = 99, .dst = c, .length = n }, -EINVAL },
 		{ "opcode 2^32 + FILL", { .opcode = (1ULL << 32) + DUMMY_GPU_OP_FILL,
 		  .dst = c, .length = n }, -EINVAL },
 		{ "all zero", { 0 }, -EINVAL },

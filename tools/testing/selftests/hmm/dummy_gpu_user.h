@@ -134,6 +134,38 @@ gpu_binary(enum dummy_gpu_opcode opcode, void *dst, const void *src,
 	return command;
 }
 
+/* Adds to the u64 at target atomically. */
+static inline struct dummy_gpu_command
+gpu_fetch_add(uint64_t *old, uint64_t *target, uint64_t number)
+{
+	struct dummy_gpu_command command = {
+		.opcode = DUMMY_GPU_OP_FETCH_ADD,
+		.dst = gpu_addr(old),
+		.src = gpu_addr(target),
+		.value = number,
+		.length = sizeof(*target),
+	};
+
+	return command;
+}
+
+/* Replaces the u64 at target atomically, if it is equal to the one at expected. */
+static inline struct dummy_gpu_command
+gpu_compare_exchange(uint64_t *old, uint64_t *target, const uint64_t *expected,
+		     uint64_t value)
+{
+	struct dummy_gpu_command command = {
+		.opcode = DUMMY_GPU_OP_COMPARE_EXCHANGE,
+		.dst = gpu_addr(old),
+		.src = gpu_addr(target),
+		.src2 = gpu_addr(expected),
+		.value = value,
+		.length = sizeof(*target),
+	};
+
+	return command;
+}
+
 static inline struct dummy_gpu_prefetch
 gpu_prefetching(const void *start, size_t length, enum dummy_gpu_location location)
 {
