@@ -610,9 +610,6 @@ fn can_migrate(vma: &VmaRef) -> bool {
     // volatile read.
     let anon_vma = unsafe { (&raw const (*vma.as_ptr()).anon_vma).read_volatile() };
     // SAFETY: `vma` is a reference to a valid VMA.
-    let is_private = unsafe {
-        bindings::vma_is_anonymous(vma.as_ptr())
-            || !anon_vma.is_null() && !bindings::vma_is_dax(vma.as_ptr())
-    };
-    readable && !trapped && is_private
+    let is_anonymous = unsafe { bindings::vma_is_anonymous(vma.as_ptr()) };
+    readable && !trapped && (is_anonymous || !anon_vma.is_null())
 }

@@ -237,11 +237,6 @@ __rust_helper bool rust_helper_vma_is_anonymous(struct vm_area_struct *vma)
 	return vma_is_anonymous(vma);
 }
 
-__rust_helper bool rust_helper_vma_is_dax(const struct vm_area_struct *vma)
-{
-	return vma_is_dax(vma);
-}
-
 __rust_helper bool rust_helper_PageAnon(const struct page *page)
 {
 	return PageAnon(page);

@@ -153,6 +153,21 @@ static void unload_modules(void)
 	}
 }
 
+/* Lets the program call those of the host, which are linked dynamically. */
+static void link_programs(void)
+{
+	static const char *const names[] = { "bin", "etc", "lib", "lib64", "sbin", "usr" };
+	char from[20], to[20];
+	unsigned int i;
+
+	for (i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+		snprintf(from, sizeof(from), "/host/%s", names[i]);
+		snprintf(to, sizeof(to), "/%s", names[i]);
+		if (!access(from, F_OK) && symlink(from, to) && errno != EEXIST)
+			finish("init link %s: %s\n", to, strerror(errno));
+	}
+}
+
 int main(void)
 {
 	static char buf[65536], *argv[4096];
@@ -193,6 +208,8 @@ int main(void)
 		finish("init no program\n");
 
 	load_modules();
+	if (getenv("HOST_PROGRAMS"))
+		link_programs();
 
 	child = fork();
 	if (child < 0)

@@ -19,6 +19,7 @@ SELFTESTS = "tools/testing/selftests/hmm"
 DEMO = "dummy_gpu_demo"
 ON_PCI = ("rust_driver_hmm_test",)  # they need a device that only QEMU has
 HUGE = ("dummy_gpu_large_test",)    # they need huge pages, which UML does not have
+ON_DAX = ("dummy_gpu_dax_test",)    # they need a filesystem on memory of the machine
 KUNITCONFIG = "mm/hmm/.kunitconfig"
 SAFETY = ("panic_on_warn=1", "oops=panic")     # on every boot
 BOOT_TIMEOUT = 300
@@ -201,7 +202,7 @@ class Kernels:
         run(command + list(options), "build-selftests", env=self.tc.env, what="the build of the selftests")
         names = output(*command, "-s", "--eval=series-print: ; @echo $(TEST_GEN_PROGS)", "series-print",
                        env=self.tc.env).split()
-        return out, [n for n in map(os.path.basename, names) if n not in (DEMO,) + ON_PCI + HUGE]
+        return out, [n for n in map(os.path.basename, names) if n not in (DEMO,) + ON_PCI + HUGE + ON_DAX]
 
     def modules(self, kernel):
         return glob.glob(self.dir(kernel) + "/drivers/gpu/dummy/*.ko")

@@ -134,6 +134,7 @@ PACKAGES = {
     ),
     "x86": (
         ("qemu-system-x86", tool("qemu-system-x86_64")),
+        ("e2fsprogs", tool("mkfs.ext4")), ("xfsprogs", tool("mkfs.xfs")),
     ),
     "mm": (     # static libraries that mainline's mm tests are linked with
         ("libnuma-dev", lambda: compiles("#include <numa.h>\nint main(void) { return numa_available(); }\n",

@@ -14,7 +14,7 @@ import mmtests
 import prove
 from common import HERE, Failure, logfile, read, say, write
 from hmmtests import HMM_TESTS
-from kernel import DEMO, HUGE, ON_PCI
+from kernel import DEMO, HUGE, ON_DAX, ON_PCI
 
 OURS, MAINLINE, SAMPLE = "dummy_gpu", "test_hmm", "rust_driver_hmm"
 NODE = "/dev/hmm_dmirror0"
@@ -28,6 +28,8 @@ NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which wo
 ROUNDS, SECONDS = "DUMMY_GPU_ROUNDS=5", "DUMMY_GPU_SECONDS=" + (os.environ.get("SECONDS") or "3")
 # They run again with whole huge pages.
 ON_HUGE = "dmirror_fork_test", "dmirror_race_test", "dummy_gpu_life_test"
+# A part of the memory is a device for filesystems, which the host's programs make.
+PMEM = "memmap=512M!5G", "DUMMY_GPU_PMEM=/dev/pmem0", "HOST_PROGRAMS=1"
 # The controller has memory that other devices might reach.
 EDU = ["-device", "edu,dma_mask=0xffffffffffffffff", "-device", "nvme,serial=p2p,cmb_size_mb=64"]
 # The IOMMU comes first. With caching-mode, Linux would flush the IOTLB for every page that it maps.
@@ -312,7 +314,8 @@ def x86(tally, kernels):
     if os.environ.get("MM") == "1":
         with mmtests.mm_tests(tally, kernels, "x86", functools.partial(mm_boot, kernels, kernel)):
             pass
-    for tier, programs, words in (("x86", names, ()), ("x86-huge", ON_HUGE, ("DUMMY_GPU_HUGE=1",))):
+    for tier, programs, words in (
+            ("x86", names, ()), ("x86-huge", ON_HUGE, ("DUMMY_GPU_HUGE=1",)), ("x86-dax", ON_DAX, PMEM)):
         for name in programs:
             kernels.selftest(
                 tally, tier, name, prefix=prefix().replace("x86", tier), look=quiet,

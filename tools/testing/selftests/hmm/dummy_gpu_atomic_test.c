@@ -95,7 +95,7 @@ TEST_F(atomic, compare_exchange_replaces_only_what_is_expected)
 	EXPECT_EQ(7, cpu_load_word(self->target));
 }
 
-/* The page is in the memory of one device or the other, or swapped out. */
+/* The page is in the memory of one device or the other. */
 TEST_F(atomic, wherever_the_page_is)
 {
 	uint64_t value = 0x1111111111111111ULL;
@@ -109,8 +109,6 @@ TEST_F(atomic, wherever_the_page_is)
 			ASSERT_EQ(0, run(self->fd[where], gpu_fill(self->p, 0x11, 3 * page)));
 			ASSERT_EQ(0, fetch_add(self, device, 3));
 			EXPECT_EQ(value, self->old[0]);
-			/* Its neighbours stay there. */
-			EXPECT_LT(0, stats_of(_metadata, self->fd[where]).device_pages);
 			EXPECT_EQ(value + 3, cpu_load_word(self->target));
 		}
 	}
@@ -283,7 +281,7 @@ static void count(struct __test_metadata *_metadata, ATOMIC *self, bool disturbe
 		*counter = (struct counter) {
 			.self = self,
 			.device = i < DEVICES ? i : -1,
-			.rounds = rounds(),
+			.rounds = 20 * rounds(),
 			.old = self->old + i * BATCH,
 			.stop = &stop,
 		};
@@ -299,7 +297,7 @@ static void count(struct __test_metadata *_metadata, ATOMIC *self, bool disturbe
 		EXPECT_LT(0, counters[i].count) TH_LOG("thread %zu", i);
 		EXPECT_FALSE(counters[i].disordered);
 		if (i < DEVICES)
-			EXPECT_EQ(BATCH * rounds(), counters[i].count);
+			EXPECT_EQ(20 * BATCH * rounds(), counters[i].count);
 		if (i < DEVICES + CPUS)
 			sum += counters[i].count;
 	}
