@@ -376,8 +376,8 @@ impl Entries {
         true
     }
 
-    /// Replaces the `u64` at `va` by what `f` returns for it, and marks the folio dirty. Returns the
-    /// old value.
+    /// Replaces the `u64` at `va` by what `f` returns for it, and marks the folio dirty. Returns
+    /// the old value.
     ///
     /// Returns `None`, and changes nothing, if the entry of the page does not allow a write or the
     /// `u64` reaches past the page. `f` is not called then. The same if `f` returns `None`.

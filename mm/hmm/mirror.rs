@@ -270,12 +270,12 @@ impl Mirror {
 
     /// Replaces the `u64` at `va` by what `f` returns for it. Returns the old value.
     ///
-    /// This is an atomic operation of a device that is made of software, on a page that is exclusive
-    /// to it ([`ExclusivePage`](super::ExclusivePage)). Nothing else can access the page between the
-    /// read and the write: neither a CPU or another device, which would have to take it away first,
-    /// nor this mirror. On any other page this is not atomic. The core does not know which pages
-    /// are exclusive, so `f` has to look that up in the page table of the device, and returns `None`
-    /// for a page that is not.
+    /// This is an atomic operation of a device that is made of software, on a page that is
+    /// exclusive to it ([`MirroredMm::make_exclusive`](super::MirroredMm::make_exclusive)). Nothing
+    /// else can access the page between the read and the write: neither a CPU or another device,
+    /// which would have to take it away first, nor this mirror. On any other page this is not
+    /// atomic. The core does not know which pages are exclusive, so `f` has to look that up in the
+    /// page table of the device, and returns `None` for a page that is not.
     ///
     /// # Context
     ///

@@ -58,6 +58,17 @@ pub(crate) struct Fault {
     pub(crate) atomic: bool,
 }
 
+impl Fault {
+    pub(crate) fn new(va: usize, access: Access, len: usize) -> Self {
+        Self {
+            va,
+            access,
+            len,
+            atomic: false,
+        }
+    }
+}
+
 /// Why the engine stopped.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
@@ -322,12 +333,7 @@ fn update(memory: &mut impl Memory, op: AtomicOp, target: Operand) -> Result<u64
 }
 
 fn fault(operand: Operand, miss: Miss) -> Fault {
-    Fault {
-        va: miss.va,
-        access: miss.access,
-        len: operand.end() - miss.va,
-        atomic: false,
-    }
+    Fault::new(miss.va, miss.access, operand.end() - miss.va)
 }
 
 /// Iterates over the `u64`s in `bytes`.

@@ -16,9 +16,10 @@ use core::cmp::Ordering::{
     Greater,
     Less, //
 };
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+use hmm::ExclusivePage;
 use hmm::{
     Access,
-    ExclusivePage,
     PageRange,
     ReadPage,
     WritePage, //
@@ -146,6 +147,7 @@ impl Table {
 
     /// Maps `page` for reading, writing and atomic operations. Returns whether it was unmapped
     /// before.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
     fn map_exclusive(&mut self, page: usize) -> bool {
         let new = self.map(page, Access::Write);
 
@@ -311,12 +313,14 @@ impl TableMut<'_> {
         self.set(page.va(), Access::Write)
     }
 
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
     fn set_exclusive(&mut self, va: usize) -> bool {
         key_of(va) == self.key && self.table.map_exclusive(index_of(va))
     }
 
     /// Maps a page for reading, writing and atomic operations. Returns whether it was unmapped
     /// before.
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
     pub(crate) fn map_exclusive(&mut self, page: &ExclusivePage<'_>) -> bool {
         self.set_exclusive(page.va())
     }
@@ -404,6 +408,7 @@ mod tests {
         Ok(())
     }
 
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
     #[test]
     fn a_page_is_exclusive_with_all_its_bytes_and_no_others() -> Result {
         let mut mmu = Mmu::new();

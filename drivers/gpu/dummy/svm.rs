@@ -373,20 +373,30 @@ impl Svm {
         }
     }
 
+    /// Without support for device memory, mm makes no page exclusive to a device.
+    #[cfg(not(CONFIG_RUST_HMM_DEVICE))]
+    fn make_exclusive(&self, _va: usize, _bufs: &mut FaultBuffers) -> Result {
+        Err(EOPNOTSUPP)
+    }
+
     /// Makes the page of `va` exclusive to the GPU and maps it for atomic operations.
     ///
     /// # Errors
     ///
     /// Those of [`MirroredMm::make_exclusive`].
+    #[cfg(CONFIG_RUST_HMM_DEVICE)]
     pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
         let mm = self.mirror.mm()?;
         let spare = mm.charge(SpareTable::new)?;
 
-        mm.make_exclusive(va, &mut bufs.faults, |page| {
+        let result = mm.make_exclusive(va, &mut bufs.faults, |page| {
             let mut mmu = self.translations.mmu.lock();
             let new = mmu.table(page.va(), spare).map_exclusive(page);
             self.stats().add(Counter::PagesMapped, new.into());
-        })
+        });
+        let retries = bufs.faults.retries() as usize;
+        self.stats().add(Counter::Retries, retries);
+        result
     }
 
     /// Services a GPU page fault.
@@ -418,9 +428,9 @@ impl Svm {
         let stats = self.stats();
         stats.add(Counter::Faults, 1);
         if fault.atomic {
-            let result = self.make_exclusive(fault.va, bufs);
-            self.count_serviced(&result, bufs);
-            return result.map(|()| fault.va + fault.len);
+            self.make_exclusive(fault.va, bufs)?;
+            stats.add(Counter::FaultBatches, 1);
+            return Ok(fault.va + fault.len);
         }
 
         // This fails only for the last page of the address space, which is never user memory.
@@ -436,17 +446,11 @@ impl Svm {
             commit.needed().map_or(need.end(), |needed| needed.end())
         });
 
-        self.count_serviced(&result, bufs);
-        result
-    }
-
-    fn count_serviced<T>(&self, result: &Result<T>, bufs: &FaultBuffers) {
-        let stats = self.stats();
-
         stats.add(Counter::Retries, bufs.faults.retries() as usize);
         if result.is_ok() {
             stats.add(Counter::FaultBatches, 1);
         }
+        result
     }
 }
 
@@ -468,13 +472,7 @@ impl Svm {
 
         while va < range.end() {
             let len = range.end() - va;
-            let fault = Fault {
-                va,
-                access,
-                len,
-                atomic: false,
-            };
-            va = self.service(fault, bufs)?;
+            va = self.service(Fault::new(va, access, len), bufs)?;
         }
         Ok(())
     }

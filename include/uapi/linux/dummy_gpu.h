@@ -151,14 +151,14 @@ enum dummy_gpu_opcode {
  * @opcode: One of enum dummy_gpu_opcode
  * @flags: Must be 0
  * @dst: Address of the destination or of the result
- * @src: Address of the source, or of what FETCH_ADD and COMPARE_EXCHANGE change;
- *       must be 0 for FILL
- * @src2: Address of the second source of ADD and XOR, or of the value that
- *        COMPARE_EXCHANGE expects; otherwise must be 0
+ * @src: Address of the source; must be 0 for FILL
+ *       (for FETCH_ADD and COMPARE_EXCHANGE: of what is changed)
+ * @src2: Address of the second source of ADD and XOR; otherwise must be 0
+ *        (for COMPARE_EXCHANGE: of the expected value)
  * @length: Length of each source, or of the destination of FILL; from 1 to
  *          @max_length of struct dummy_gpu_info
- * @value: The byte that FILL writes, the number that FETCH_ADD adds, or the new
- *         value for COMPARE_EXCHANGE; otherwise must be 0
+ * @value: The byte that FILL writes; otherwise must be 0
+ *         (FETCH_ADD: the number to add; COMPARE_EXCHANGE: the new value)
  * @reserved: Must be 0
  */
 struct dummy_gpu_command {
@@ -209,7 +209,8 @@ struct dummy_gpu_command {
  *  - EPERM: A destination is not writable.
  *  - EBUSY: The mapping of an operand kept changing until the time for retries
  *    was over.
- *  - EOPNOTSUPP: An atomic operation on shared memory or on a page of a file.
+ *  - EOPNOTSUPP: An atomic operation on shared memory or on a page of a file, or
+ *    with a kernel without CONFIG_RUST_HMM_DEVICE.
  *  - ENOMEM: There is no memory to service a GPU page fault.
  *  - EINTR: The task was killed. Other signals do not interrupt the wait.
  *
@@ -219,9 +220,10 @@ struct dummy_gpu_command {
  *
  * Unless one of the general errors occurs, @size, @completed and @fault_address
  * are written back, also if a check or a command fails. If a command fails with
- * EFAULT, EPERM, EBUSY, EOPNOTSUPP or ENOMEM, @fault_address is the first byte of an
+ * EFAULT, EPERM, EBUSY or ENOMEM, @fault_address is the first byte of an
  * operand that could not be accessed: the start of the operand or the start of
  * a page in it. Otherwise @fault_address is 0.
+ * (EOPNOTSUPP is such an error too: @fault_address is that of the u64.)
  *
  * With DUMMY_GPU_SUBMIT_ASYNC the ioctl returns after the checks, and the
  * commands run later. DUMMY_GPU_IOC_WAIT returns their outcome. The submissions

@@ -77,7 +77,7 @@ FIXTURE(dmirror_fork)
 
 FIXTURE_VARIANT_ADD(dmirror_fork, untouched)
 {
-	.before = { NOT },
+	.before = { NOT, 1 },
 };
 
 FIXTURE_VARIANT_ADD(dmirror_fork, cpus_look_after_each_step)

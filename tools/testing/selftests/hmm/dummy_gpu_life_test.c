@@ -28,7 +28,7 @@
  * The size of most memory: two and a half of the blocks of 16 pages that a CPU
  * fault migrates, or two huge pages.
  */
-static size_t buffer_pages = 40;
+static size_t npages = 40;
 static size_t huge;	/* the bytes of a huge page, if the tests are to use them */
 
 /* The pages on both devices now, or less than 0. */
@@ -134,10 +134,10 @@ FIXTURE_SETUP(life)
 	if (wants_huge()) {
 		if (!setup_huge(_metadata, &huge))
 			return;
-		buffer_pages = 2 * huge / page;
+		npages = 2 * huge / page;
 	}
 	signal(SIGPIPE, SIG_IGN);
-	self->length = buffer_pages * page;
+	self->length = npages * page;
 	self->expect = malloc(self->length);
 	self->copy = malloc(self->length);
 	ASSERT_NE(NULL, self->expect);
@@ -388,8 +388,8 @@ TEST_F(life, killed_in_fault)
 		ASSERT_EQ(space, mremap(p, self->length, self->length,
 					MREMAP_MAYMOVE | MREMAP_FIXED, space));
 		p = space;
-		ASSERT_EQ(buffer_pages, prefetch_all(self->fd, p, self->length,
-					      DUMMY_GPU_LOCATION_DEVICE));
+		ASSERT_EQ(npages, prefetch_all(self->fd, p, self->length,
+					       DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
 		if (!pid)
@@ -709,8 +709,8 @@ static void end_copying(struct __test_metadata *_metadata, LIFE *self,
 /* A random range of pages of the test's memory. */
 static size_t any_pages(uint64_t *seed, size_t *first)
 {
-	*first = cpu_random(seed) % buffer_pages * page;
-	return (1 + cpu_random(seed) % (buffer_pages - *first / page)) * page;
+	*first = cpu_random(seed) % npages * page;
+	return (1 + cpu_random(seed) % (npages - *first / page)) * page;
 }
 
 TEST_F(life, munmap_under_command)
@@ -895,7 +895,7 @@ TEST_F(life, file_closed)
 		EXPECT_EQ(0, tell(&other));
 		EXPECT_EQ(0, hear(&other));
 		if (self->pages >= 0)
-			EXPECT_EQ(self->pages + 2 * buffer_pages, device_pages());
+			EXPECT_EQ(self->pages + 2 * npages, device_pages());
 		if (round & 8)
 			EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
 		EXPECT_EQ(0, tell(&other));
@@ -970,7 +970,7 @@ TEST_F(life, file_passed_on)
 		 * is still open.
 		 */
 		if (self->pages >= 0)
-			EXPECT_GE(self->pages + buffer_pages, device_pages());
+			EXPECT_GE(self->pages + npages, device_pages());
 		EXPECT_EQ(0, refused(fd, p));
 		EXPECT_SEEN(p, round);
 		munmap(p, self->length);
@@ -1032,7 +1032,7 @@ static int accessed_child(LIFE *self, struct other *other, uint8_t *p)
 	for (int round = 0; round < ROUNDS && !err; round++) {
 		cpu_randomize(self->expect, self->length, round);
 		memcpy(p, self->expect, self->length);
-		err = prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE) != buffer_pages;
+		err = prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE) != npages;
 		if (!err)
 			err = tell(other) || hear(other);
 		for (size_t at = round * 8; at < self->length; at += page)
@@ -1162,10 +1162,9 @@ TEST_F(life, pinned_for_long)
 		EXPECT_EQ(0, prefetch_all(self->fd, p + first, n, DUMMY_GPU_LOCATION_DEVICE));
 		EXPECT_LE(0, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		/* All pages of a folio stay, if one is pinned. */
-		EXPECT_GE(buffer_pages - n / page, stats_of(_metadata, self->fd).device_pages);
+		EXPECT_GE(npages - n / page, stats_of(_metadata, self->fd).device_pages);
 		if (!huge)
-			EXPECT_EQ(buffer_pages - n / page,
-				  stats_of(_metadata, self->fd).device_pages);
+			EXPECT_EQ(npages - n / page, stats_of(_metadata, self->fd).device_pages);
 		EXPECT_SEEN(p, round);
 
 		/*
@@ -1186,13 +1185,13 @@ TEST_F(life, pinned_for_long)
 		ASSERT_EQ(0, syscall(__NR_io_uring_register, u.fd, IORING_UNREGISTER_BUFFERS,
 				     NULL, 0));
 		for (int i = 0; i < 1000; i++) {
-			if (stats_of(_metadata, self->fd).device_pages == buffer_pages)
+			if (stats_of(_metadata, self->fd).device_pages == npages)
 				break;
 			EXPECT_LE(0, prefetch_all(self->fd, p, self->length,
 						  DUMMY_GPU_LOCATION_DEVICE));
 			usleep(i ? 1000 : 0);
 		}
-		EXPECT_EQ(buffer_pages, stats_of(_metadata, self->fd).device_pages);
+		EXPECT_EQ(npages, stats_of(_metadata, self->fd).device_pages);
 		EXPECT_SEEN(p, round);
 		munmap(p, self->length);
 	}
@@ -1834,7 +1833,7 @@ TEST_F_SETS(module_removed)
 		ASSERT_NE(NULL, p);
 		fd = open_new();
 		ASSERT_LE(0, fd);
-		ASSERT_EQ(buffer_pages, prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+		ASSERT_EQ(npages, prefetch_all(fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 		pid = spawn(&other);
 		ASSERT_LE(0, pid);
 		if (!pid) {
@@ -1859,7 +1858,7 @@ TEST_F_SETS(module_removed)
 		EXPECT_EQ(0, check_by_device(fd, self->result, p, self->expect, self->length));
 		EXPECT_EQ(0, close(fd));
 		if (instance_pages() >= 0)
-			EXPECT_LE(buffer_pages, instance_pages());
+			EXPECT_LE(npages, instance_pages());
 		if (round & 1)
 			ASSERT_EQ(0, pthread_create(&thread, NULL, look_thread, &looker));
 		ASSERT_EQ(0, module_remove());
@@ -1999,13 +1998,13 @@ TEST_F(life, invalidations_have_a_cause)
 	/* The first access makes entries, and the migration invalidates them. */
 	ASSERT_EQ(0, gpu_advise(self->fd, p, self->length, DUMMY_GPU_POLICY_NONE));
 	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
-	ASSERT_EQ(buffer_pages, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+	ASSERT_EQ(npages, prefetch_all(self->fd, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 	CAUSE(own_migrations);
 	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
 	EXPECT_EQ(self->length, cpu_differs(p, self->expect, self->length));
 	CAUSE(own_migrations);
 	ASSERT_EQ(0, check_by_device(self->fd, self->result, p, self->expect, self->length));
-	ASSERT_EQ(buffer_pages, prefetch_all(other, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
+	ASSERT_EQ(npages, prefetch_all(other, p, self->length, DUMMY_GPU_LOCATION_DEVICE));
 	CAUSE(other_migrations);
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p, 1, self->length)));
 	ASSERT_EQ(0, mprotect(p, self->length, PROT_READ));
@@ -2226,7 +2225,7 @@ static int touch(const uint8_t *p, const uint8_t *expect)
 static void expect_lost(struct __test_metadata *_metadata, LIFE *self, int fd, uint8_t *p,
 			size_t lost)
 {
-	for (size_t i = 0; i < buffer_pages; i++) {
+	for (size_t i = 0; i < npages; i++) {
 		uint8_t *at = p + i * page;
 		int err = i < lost ? -EFAULT : 0;
 
@@ -2241,7 +2240,7 @@ static void expect_lost(struct __test_metadata *_metadata, LIFE *self, int fd, u
 TEST_F_SETS(only_what_a_lost_device_had_is_lost)
 {
 	const char *path = without_module(_metadata, self);
-	const size_t lost = buffer_pages / 2;
+	const size_t lost = npages / 2;
 	struct other other;
 	uint8_t *p;
 	uint64_t start;
@@ -2263,7 +2262,7 @@ TEST_F_SETS(only_what_a_lost_device_had_is_lost)
 		close(fd);
 		if (hear(&other))
 			_exit(1);
-		for (size_t i = 0; i < buffer_pages; i++) {
+		for (size_t i = 0; i < npages; i++) {
 			const uint8_t *expect = self->expect + i * page;
 
 			if (touch(p + i * page, expect) != (i < lost ? -EFAULT : 0))
