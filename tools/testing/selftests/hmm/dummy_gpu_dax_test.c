@@ -211,6 +211,12 @@ TEST_F(dax, private_copies_migrate)
 	ASSERT_EQ(0, run(self->fd, gpu_fill(p + 5 * page, 0x44, 3 * page)));
 	memset(seen + 5 * page, 0x44, 3 * page);
 	cpu_store(p + LENGTH - 1, seen[LENGTH - 1] ^= 1);
+	/* A hole of the file, which is mapped here as zeroes, is no copy either. */
+	ASSERT_EQ(0, fallocate(self->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			       LENGTH / 2, LENGTH / 4));
+	memset(self->copy + LENGTH / 2, 0, LENGTH / 4);
+	memset(seen + LENGTH / 2, 0, LENGTH / 4);
+	EXPECT_EQ(0, cpu_load(p + LENGTH / 2 + page));
 	ASSERT_EQ(0, gpu_info(self->fd, &info));
 	if (info.vram_size) {
 		EXPECT_LE(0, prefetch_all(self->fd, p, LENGTH, DUMMY_GPU_LOCATION_DEVICE));
