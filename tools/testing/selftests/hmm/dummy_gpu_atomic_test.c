@@ -213,20 +213,29 @@ struct counter {
 	bool *stop;
 };
 
+/*
+ * Between its atomic operations the device writes to another word of the page,
+ * for which the page need not be exclusive.
+ */
 static void *device_counts(void *arg)
 {
 	struct counter *counter = arg;
-	struct dummy_gpu_command commands[BATCH];
+	uint64_t *target = counter->self->target;
+	struct dummy_gpu_command commands[2 * BATCH];
 	int64_t before = -1;
 
-	for (size_t i = 0; i < BATCH; i++)
-		commands[i] = gpu_fetch_add(counter->old + i, counter->self->target, 1);
+	for (size_t i = 0; i < BATCH; i++) {
+		commands[2 * i] = gpu_fetch_add(counter->old + i, target, 1);
+		commands[2 * i + 1] = gpu_fill(target + 1 + counter->device, i, sizeof(*target));
+	}
 	while (counter->rounds-- && !counter->err) {
-		struct dummy_gpu_submit submit = gpu_submission(commands, BATCH);
+		struct dummy_gpu_submit submit = gpu_submission(commands, 2 * BATCH);
+		size_t done;
 
 		counter->err = gpu_submit(counter->self->fd[counter->device], &submit);
-		counter->count += submit.completed;
-		for (size_t i = 0; i < submit.completed; i++) {
+		done = (submit.completed + 1) / 2;
+		counter->count += done;
+		for (size_t i = 0; i < done; i++) {
 			counter->disordered |= (int64_t)counter->old[i] <= before;
 			before = counter->old[i];
 		}
