@@ -544,7 +544,7 @@ FIXTURE_SETUP(dmirror_race)
 			.index = i,
 			.node = roles[i].node,
 			.seed = i,
-			.bytes = map(roles[i].part == HUGE ? huge : MOST * page,
+			.bytes = map(MOST * page + (roles[i].part == HUGE ? huge : 0),
 				     PROT_READ | PROT_WRITE),
 		};
 		ASSERT_NE(MAP_FAILED, self->threads[i].bytes);
