@@ -25,10 +25,7 @@ use super::{
     range::PageRange,
     region::Region,
     span::Location,
-    vma::{
-        vma_at,
-        vma_for, //
-    }, //
+    vma::vma_for, //
 };
 use core::{
     marker::PhantomData,
@@ -41,11 +38,13 @@ use kernel::{
     bindings,
     dma::DmaAddress,
     error::from_err_ptr,
+    mm::virt::flags,
     prelude::*, //
 };
 
 /// Proof that the page at [`ExclusivePage::va`] may be mapped for the device to read, write and
-/// operate on atomically: no CPU has it mapped.
+/// operate on atomically: no CPU has it mapped. It is one page of `PAGE_SIZE`. The translation is
+/// valid until [`MirrorOps::invalidate`](super::MirrorOps::invalidate) is called for it.
 #[derive(Debug)]
 pub struct ExclusivePage<'c> {
     va: usize,
@@ -139,8 +138,15 @@ fn mirror_make_exclusive(
     // This can only fail for the last page of all addresses, which is never one of a process.
     let page = PageRange::containing(va, 1).map_err(|_| EFAULT)?;
     let _charge = mm.enter()?;
-    // Do not create a region for an address where nothing is mapped.
-    vma_at(mm, page.start(), Access::Write)?;
+    // Do not create a region for an address where nothing is mapped, and do not populate memory for
+    // a page that make_device_exclusive() would refuse.
+    let guard = mm.as_mm().mmap_read_lock_killable()?;
+    vma_for(&guard, mm, page.start(), Access::Write)?;
+    let vma = guard.vma_lookup(page.start()).ok_or(EFAULT)?;
+    if vma.flags() & (flags::SHARED | flags::HUGETLB) != 0 {
+        return Err(EOPNOTSUPP);
+    }
+    drop(guard);
     let region = mm.mirror().region_or_insert(mm.as_mm(), page.start())?;
 
     let mut deadline = Deadline::new(DEFAULT_TIMEOUT_MS);

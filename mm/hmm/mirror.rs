@@ -271,16 +271,18 @@ impl Mirror {
     /// Replaces the `u64` at `va` by what `f` returns for it. Returns the old value.
     ///
     /// This is an atomic operation of a device that is made of software, on a page that is
-    /// exclusive to it ([`MirroredMm::make_exclusive`](super::MirroredMm::make_exclusive)). Nothing
-    /// else can access the page between the read and the write: neither a CPU or another device,
-    /// which would have to take it away first, nor this mirror. On any other page this is not
-    /// atomic. The core does not know which pages are exclusive, so `f` has to look that up in the
-    /// page table of the device, and returns `None` for a page that is not.
+    /// exclusive to it ([`MirroredMm::make_exclusive`](super::MirroredMm::make_exclusive)). A CPU
+    /// or another device would have to take the page away before it can access it, and that waits
+    /// for the end of the update. An access through a reference that somebody had taken before is
+    /// not excluded, as for `make_exclusive()`. On any other page this is not atomic. The core does
+    /// not know which pages are exclusive, so `f` has to look that up in the page table of the
+    /// device, and returns `None` for a page that is not.
     ///
     /// # Context
     ///
     /// Any task. Sleeps to take the region's lock for write, and calls `f` with it held, at most
-    /// once.
+    /// once. For `f`, as for the closure of [`MirroredMm::fault`](super::MirroredMm::fault). Do not
+    /// hold a lock that [`MirrorOps::invalidate`] takes: take it in `f`.
     ///
     /// # Errors
     ///

@@ -63,16 +63,6 @@ pub(crate) fn vma_for(
     }
 }
 
-/// Like [`vma_for`], but takes `mmap_lock` for read itself.
-///
-/// # Errors
-///
-/// Those of [`vma_for`], and [`EINTR`] if a fatal signal ends the wait for the lock.
-#[cfg(CONFIG_RUST_HMM_DEVICE)]
-pub(crate) fn vma_at(mm: &MirroredMm<'_>, va: usize, access: Access) -> Result<PageRange> {
-    vma_for(&mm.as_mm().mmap_read_lock_killable()?, mm, va, access)
-}
-
 /// Finds the first VMA that overlaps `range`. Returns its bounds, and how a device may access it.
 ///
 /// The guard must hold the `mmap_lock` of `mm`.

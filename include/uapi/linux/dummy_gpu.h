@@ -121,12 +121,14 @@ struct dummy_gpu_info {
  * @DUMMY_GPU_OP_COMPARE_EXCHANGE: Replace the u64 at @src atomically by @value
  *                                 if it is equal to the u64 at @src2. In any
  *                                 case write its old value to the u64 at @dst
- *                                 then, which may be the one at @src2.
+ *                                 then. @dst may be equal to @src2.
  *
- * FETCH_ADD and COMPARE_EXCHANGE are atomic for all accesses of CPUs and
- * devices to the u64 at @src. The page has to be one of private memory. If it
- * is in the memory of a device, it migrates to system memory. The addresses
- * must be multiples of 8, @length must be 8, and @dst must not be @src.
+ * FETCH_ADD and COMPARE_EXCHANGE are atomic for accesses by instructions of the
+ * process's CPUs and by all devices that mirror the process. An access through
+ * a reference to the page that was taken before (direct I/O, ptrace) is not
+ * excluded. The page has to be one of private memory. If it is in the memory of
+ * a device, it migrates to system memory. The addresses must be multiples of 8,
+ * @length must be 8, and @dst must not be @src.
  *
  * For ADD and XOR, @dst may be equal to @src, to @src2 or to both, but must
  * not overlap either of them in part. SUM, CRC32 and HISTOGRAM write their
@@ -152,13 +154,13 @@ enum dummy_gpu_opcode {
  * @flags: Must be 0
  * @dst: Address of the destination or of the result
  * @src: Address of the source; must be 0 for FILL
- *       (for FETCH_ADD and COMPARE_EXCHANGE: of what is changed)
+ *       FETCH_ADD and COMPARE_EXCHANGE: of the u64 that they change
  * @src2: Address of the second source of ADD and XOR; otherwise must be 0
- *        (for COMPARE_EXCHANGE: of the expected value)
+ *        but for COMPARE_EXCHANGE: address of the expected value
  * @length: Length of each source, or of the destination of FILL; from 1 to
  *          @max_length of struct dummy_gpu_info
  * @value: The byte that FILL writes; otherwise must be 0
- *         (FETCH_ADD: the number to add; COMPARE_EXCHANGE: the new value)
+ *         but for FETCH_ADD: the number to add; COMPARE_EXCHANGE: the new value
  * @reserved: Must be 0
  */
 struct dummy_gpu_command {
@@ -209,8 +211,9 @@ struct dummy_gpu_command {
  *  - EPERM: A destination is not writable.
  *  - EBUSY: The mapping of an operand kept changing until the time for retries
  *    was over.
- *  - EOPNOTSUPP: An atomic operation on shared memory or on a page of a file, or
- *    with a kernel without CONFIG_RUST_HMM_DEVICE.
+ *    Or CPUs and other devices kept taking the page of an atomic operation.
+ *  - EOPNOTSUPP: An atomic operation on shared memory, a page of a file or
+ *    hugetlbfs, or with a kernel without CONFIG_RUST_HMM_DEVICE.
  *  - ENOMEM: There is no memory to service a GPU page fault.
  *  - EINTR: The task was killed. Other signals do not interrupt the wait.
  *

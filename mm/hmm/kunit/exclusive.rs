@@ -4,6 +4,7 @@
 
 use super::{
     super::{
+        commit::Entry,
         fault::FaultRequest,
         hmm_range::FaultBuf,
         mirror::Mirror,
@@ -276,6 +277,26 @@ mod tests {
             user_write(va, 1)?;
             assert_eq!(make_exclusive(&mirror, page).err(), Some(EOPNOTSUPP));
             assert!(mirror.read(va, &mut [0]).is_err());
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn what_is_refused_is_not_populated() -> Result {
+        with_user_mm(|mm| {
+            let (mirror, _, _) = setup(mm)?;
+            let va = mm.mmap_shmem(PAGE_SIZE, PAGE_SIZE, Prot::ReadWrite, true)?;
+            let page = PageRange::from_len(va, PAGE_SIZE)?;
+            assert_eq!(make_exclusive(&mirror, page).err(), Some(EOPNOTSUPP));
+            let request = FaultRequest::snapshot(page);
+            let is_hole = mirror
+                .mm()?
+                .fault(request, &mut FaultBuf::new(0)?, |commit| {
+                    commit
+                        .entries()
+                        .all(|(_, entry)| matches!(entry, Entry::Hole))
+                })?;
+            assert!(is_hole);
             Ok(())
         })
     }
