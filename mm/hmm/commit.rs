@@ -41,7 +41,8 @@ pub enum Entry<'c> {
     /// Nothing is accessible, and a fault would fail: there is no VMA, no read permission, or no
     /// memory that the kernel can reach.
     Error,
-    /// A page of system memory.
+    /// A page of system memory, or of memory of another device that the CPU and this device reach
+    /// like system memory.
     Ram(RamPage<'c>),
     /// A page in the memory of the device.
     Device(DevicePage<'c>),
@@ -71,6 +72,7 @@ pub struct ReadPage<'c> {
     va: usize,
     order: u32,
     is_zero: bool,
+    is_remote: bool,
     _commit: PhantomData<&'c ()>,
 }
 
@@ -79,6 +81,7 @@ pub struct ReadPage<'c> {
 pub struct WritePage<'c> {
     va: usize,
     order: u32,
+    is_remote: bool,
     _commit: PhantomData<&'c ()>,
 }
 
@@ -102,6 +105,13 @@ impl ReadPage<'_> {
     pub fn is_zero(&self) -> bool {
         self.is_zero
     }
+
+    /// Whether the page is in coherent memory of another device, where it stays until that device
+    /// or a CPU has it migrated.
+    #[inline]
+    pub fn is_remote(&self) -> bool {
+        self.is_remote
+    }
 }
 
 impl WritePage<'_> {
@@ -115,6 +125,12 @@ impl WritePage<'_> {
     #[inline]
     pub fn order(&self) -> u32 {
         self.order
+    }
+
+    /// As for [`ReadPage::is_remote`].
+    #[inline]
+    pub fn is_remote(&self) -> bool {
+        self.is_remote
     }
 }
 
@@ -174,13 +190,20 @@ impl Entry<'_> {
     fn new(window: PageRange, va: usize, pfn: HmmPfn) -> Self {
         let _commit = PhantomData;
         let order = clamp_order(window, va, pfn.order());
+        let is_remote = pfn.is_remote();
         let read = ReadPage {
             va,
             order,
             is_zero: pfn.is_zero(),
+            is_remote,
             _commit,
         };
-        let write = WritePage { va, order, _commit };
+        let write = WritePage {
+            va,
+            order,
+            is_remote,
+            _commit,
+        };
         match (pfn.state(), pfn.is_device()) {
             (State::Hole, _) => Self::Hole,
             (State::Error, _) => Self::Error,

@@ -236,11 +236,15 @@ impl PageCopy {
 /// - On the way to system memory, `ram` of each page is the address of a page that is valid for
 ///   writes for `'a` and that nobody else accesses meanwhile.
 /// - No page of system memory occurs twice.
+/// - If `memory` is not null, the pages of the device's memory are there, and are as valid and as
+///   exclusive as those of system memory.
 pub struct CopyBatch<'a> {
     pages: &'a [PageCopy],
     to_device: bool,
     /// The number of bytes that were written to [`NewMemory`].
     written: &'a Cell<usize>,
+    /// The address at which the CPU finds the device's memory, or null.
+    memory: *mut u8,
     _ram: PhantomData<&'a mut [u8]>,
 }
 
@@ -254,14 +258,49 @@ impl<'a> CopyBatch<'a> {
         pages: &'a [PageCopy],
         to_device: bool,
         written: &'a Cell<usize>,
+        memory: *mut u8,
     ) -> Self {
         // INVARIANT: The caller ensures that `pages` satisfies them (see the # Safety section).
         Self {
             pages,
             to_device,
             written,
+            memory,
             _ram: PhantomData,
         }
+    }
+
+    /// Performs all operations that are left, with the CPU, for a pool that was made with
+    /// [`DevicePool::new_coherent`](super::DevicePool::new_coherent).
+    ///
+    /// # Errors
+    ///
+    /// [`EOPNOTSUPP`] if the CPU does not reach the device's memory.
+    #[inline(never)]
+    #[export_name = "rust_hmm_copy_by_cpu"]
+    pub fn copy_by_cpu(&mut self) -> Result {
+        if self.memory.is_null() {
+            return Err(EOPNOTSUPP);
+        }
+        for folio in core::mem::take(&mut self.pages) {
+            let (device, len) = (
+                self.memory.wrapping_add(folio.device),
+                folio.pages * PAGE_SIZE,
+            );
+            // SAFETY: The type invariants say that both sides are valid for `len` bytes and that
+            // nobody else accesses them, except to read the source. They are in different memory.
+            unsafe {
+                match (self.to_device, folio.ram.is_null()) {
+                    (true, true) => device.write_bytes(0, len),
+                    (true, false) => copy_bytes(device, folio.ram, len),
+                    (false, _) => copy_bytes(folio.ram, device, len),
+                }
+            }
+            if !self.to_device {
+                self.written.set(self.written.get() + len);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@
 
 use super::{
     callback::Callback,
+    coherent::CoherentMemory,
     cpu_fault,
     dma::{
         Dma,
@@ -11,13 +12,15 @@ use super::{
     },
     evict::{
         close,
-        evict_all, //
+        evict_all,
+        poison_all, //
     },
     mirror::Mirror,
     pool::{
         self,
         DriverOps,
-        Pool, //
+        Pool,
+        Space, //
     },
     pool_ops::{
         CpuAccess,
@@ -70,7 +73,7 @@ unsafe extern "C" fn rust_hmm_init() {
 pub(crate) unsafe extern "C" fn rust_hmm_module_going(module: *mut bindings::module) {
     while let Some(pool) = unlist(|pool| core::ptr::eq(pool.module(), module)) {
         pr_warn!("{}: the driver has leaked its pool\n", pool.name());
-        close(&pool);
+        drop(close(&pool));
     }
 }
 
@@ -79,7 +82,7 @@ pub(crate) unsafe extern "C" fn rust_hmm_module_going(module: *mut bindings::mod
 pub(crate) fn end_pools_of(dma: &Arc<Dma>) {
     let is_meant = |pool: &Pool| pool.dma().is_some_and(|own| Arc::ptr_eq(own, dma));
     while let Some(pool) = unlist(is_meant) {
-        close(&pool);
+        drop(close(&pool));
     }
 }
 
@@ -150,6 +153,58 @@ impl<T: PoolOps> DevicePool<T> {
         chunk_pages: usize,
         max_chunks: usize,
     ) -> Result<Self> {
+        let space = Space::Private {
+            chunk_pages,
+            max_chunks,
+        };
+        Self::in_space(module, name, ops, engine, space)
+    }
+
+    /// Creates a pool over `memory`, which the CPU reaches, so that nothing faults: a page of a
+    /// process that has migrated to the device is mapped for the CPU there. All pages are small; a
+    /// large folio is split when it migrates.
+    ///
+    /// The device finds its own pages by their offset in `memory` as usual, and other devices find
+    /// them at a DMA address, like system memory. [`PoolOps::copy`] may leave the work to
+    /// [`CopyBatch::copy_by_cpu`](super::CopyBatch::copy_by_cpu). [`Mirror::read`](super::Mirror)
+    /// and `write` reach the memory directly, whatever `engine` is.
+    ///
+    /// A long-term pin by GUP migrates the page to system memory without a call of
+    /// [`PoolOps::copy`] or [`PoolOps::migrated_to_ram`].
+    ///
+    /// # Context
+    ///
+    /// Sleeps: all `struct page`s are made at once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DevicePool::new`], and those of `memremap_pages()`:
+    ///
+    /// - [`EINVAL`] also if `memory` is no memory, does not begin and end at a multiple of 512
+    ///   pages, or lies where the kernel can map no memory.
+    /// - [`EBUSY`] if it is system memory.
+    /// - [`EOPNOTSUPP`] if the architecture cannot add memory.
+    ///
+    /// `memory` is released then.
+    #[inline]
+    pub fn new_coherent(
+        module: &'static ThisModule,
+        name: &CStr,
+        ops: Arc<T>,
+        engine: Engine,
+        memory: CoherentMemory,
+    ) -> Result<Self> {
+        Self::in_space(module, name, ops, engine, Space::Coherent(memory))
+    }
+
+    #[inline]
+    fn in_space(
+        module: &'static ThisModule,
+        name: &CStr,
+        ops: Arc<T>,
+        engine: Engine,
+        space: Space,
+    ) -> Result<Self> {
         let (cpu, dma) = match engine {
             Engine::Software(cpu) => (Some(cpu), None),
             Engine::Cpu => (None, None),
@@ -157,9 +212,21 @@ impl<T: PoolOps> DevicePool<T> {
         };
         let ops = DriverOps { ops, cpu };
         Ok(Self {
-            pool: ManuallyDrop::new(pool_new(module, name, ops, dma, chunk_pages, max_chunks)?),
+            pool: ManuallyDrop::new(pool_new(module, name, ops, dma, space)?),
             _ops: PhantomData,
         })
+    }
+
+    /// Ends the pool, like dropping it, and returns the memory of a pool that was made with
+    /// [`DevicePool::new_coherent`]. It may hold data of processes.
+    ///
+    /// Returns `None` if a part of the memory is still in use, which is possible only for a device
+    /// that is lost or in a callback, and for other pools.
+    #[inline]
+    pub fn end(self) -> Option<CoherentMemory> {
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `this` is not dropped, and nothing uses the field after this.
+        pool_drop(unsafe { ManuallyDrop::take(&mut this.pool) })
     }
 
     /// Gives the device up, for example because it has failed for good or was pulled out.
@@ -172,6 +239,10 @@ impl<T: PoolOps> DevicePool<T> {
     /// a page gets SIGBUS, and a fault for a device [`EFAULT`]; it never finds other contents. All
     /// other memory of the processes is intact. The `struct page`s stay until the processes have
     /// freed the last of these pages, and nobody waits for that.
+    ///
+    /// Memory of [`DevicePool::new_coherent`] is taken away from the processes, and a CPU that
+    /// accesses it gets SIGBUS as for memory with errors (`BUS_MCEERR_AR`). A page to which
+    /// somebody has a reference for half a second stays, with a warning, and CPUs may access it.
     ///
     /// From then on [`MirroredMm::migrate_to_device`](super::MirroredMm::migrate_to_device) and
     /// [`DevicePool::evict`] fail with [`ENODEV`], and dropping the pool does not wait. Doing this
@@ -222,7 +293,7 @@ impl<T: PoolOps> Drop for DevicePool<T> {
     #[inline]
     fn drop(&mut self) {
         // SAFETY: This is the destructor: nothing uses the field after this.
-        pool_drop(unsafe { ManuallyDrop::take(&mut self.pool) });
+        drop(pool_drop(unsafe { ManuallyDrop::take(&mut self.pool) }));
     }
 }
 
@@ -253,26 +324,28 @@ fn pool_new(
     name: &CStr,
     ops: DriverOps,
     dma: Option<DmaDevice>,
-    chunk_pages: usize,
-    max_chunks: usize,
+    space: Space,
 ) -> Result<Arc<Pool>> {
     Callback::refuse()?;
     let dma = dma.map(|device| device.dma().clone());
-    let pool = Pool::new(
-        &PAGEMAP_OPS,
-        module.as_ptr(),
-        name,
-        ops,
-        dma.clone(),
-        chunk_pages,
-        max_chunks,
-    )?;
+    let pool = Pool::new(&PAGEMAP_OPS, module.as_ptr(), name, ops, dma.clone(), space)?;
+    if pool.is_coherent() {
+        Pool::add_coherent(&pool)?;
+    }
+    let listed = list(&pool, dma.as_ref());
+    if listed.is_err() {
+        drop(pool.free_chunks());
+    }
+    listed.map(|()| pool)
+}
+
+/// Adds a pool to the list of pools.
+fn list(pool: &Arc<Pool>, dma: Option<&Arc<Dma>>) -> Result {
     let mut pools = POOLS.lock();
     // Under the lock: if the driver is unbound after this, `end_pools_of()` finds the pool.
-    let _bound = dma.as_ref().map(Dma::stay_bound).transpose()?;
+    let _bound = dma.map(Dma::stay_bound).transpose()?;
     pools.push(pool.clone(), GFP_KERNEL)?;
-    drop(pools);
-    Ok(pool)
+    Ok(())
 }
 
 #[inline(never)]
@@ -286,23 +359,24 @@ fn pool_evict(pool: &Arc<Pool>) -> Result {
 #[export_name = "rust_hmm_pool_lost"]
 fn pool_lost(pool: &Arc<Pool>) -> Result {
     Callback::refuse()?;
-    Pool::give_up(pool);
+    drop(Pool::give_up(pool, poison_all));
     Ok(())
 }
 
 #[inline(never)]
 #[export_name = "rust_hmm_pool_drop"]
-fn pool_drop(pool: Arc<Pool>) {
+fn pool_drop(pool: Arc<Pool>) -> Option<CoherentMemory> {
     if Callback::is_running() {
         // Ending the pool waits for pages that this task may have locked.
         pr_warn!(
             "{}: dropped in a call by the core, stays until its module goes\n",
             pool.name()
         );
-        return;
+        return None;
     }
-    close(&pool);
+    let memory = close(&pool);
     drop(unlist(|other| core::ptr::eq(other, &*pool)));
+    memory
 }
 
 #[inline(never)]

@@ -4,6 +4,7 @@
 //! and at the end of a pool.
 
 use super::{
+    coherent::CoherentMemory,
     copy::PageCopy,
     folio::Effort,
     migrate_vma::{
@@ -147,6 +148,46 @@ unsafe fn split(folio: *mut bindings::folio, keeps_mapped: bool) -> bool {
     is_split
 }
 
+/// Takes the pages of coherent memory that is lost away from all processes, which get SIGBUS when
+/// they access them, and frees the pages. Sleeps.
+///
+/// Tries for a while, since others may have references to some pages for a moment. Pages that stay
+/// can still be accessed, at worst until their processes end.
+///
+/// The caller makes sure that the pool does not end meanwhile.
+pub(crate) fn poison_all(pool: &Pool) {
+    const ROUNDS: usize = 50;
+    const PAUSE: Delta = Delta::from_millis(10);
+
+    for round in 0..ROUNDS {
+        if round != 0 {
+            drain();
+            fsleep(PAUSE);
+        }
+        for _ in 0..=pool.used_pages() / BATCH {
+            let mut pfns = [0; BATCH];
+            let (count, _) = pool.rotate_oldest(&mut pfns);
+            if count == 0 {
+                return;
+            }
+            let (mut dst, mut copies) = ([0; BATCH], [PageCopy::NONE; BATCH]);
+            let arrays = Arrays {
+                src: &mut pfns,
+                dst: &mut dst,
+                copies: &mut copies,
+            };
+            // SAFETY: The pfns are of pages in use, so of chunks of `pool`. The caller makes sure
+            // that the pool does not end, so the chunks are not freed.
+            unsafe { Collected::pfns(pool, arrays, count) }.poison();
+        }
+    }
+    pr_warn!(
+        "{}: {} pages are lost, but still in use\n",
+        pool.name(),
+        pool.used_pages()
+    );
+}
+
 /// Makes room for a block of `order`: in a new chunk, or by evicting as many pages as it has. The
 /// pages that are evicted need not be a block. Returns whether there is one.
 pub(crate) fn make_block(pool: &Arc<Pool>, order: Order) -> bool {
@@ -281,11 +322,11 @@ pub(crate) fn evict_all(pool: &Pool) -> Result {
 }
 
 /// Ends the pool: stops the allocation of pages, migrates those in use back to system memory, and
-/// frees the chunks.
+/// frees the chunks. Returns coherent memory, if it is not in use any more.
 ///
 /// This waits for as long as it takes, because the pages contain data of processes. If the device
 /// is lost, so is the data, and the chunks stay until the processes have freed the pages.
-pub(crate) fn close(pool: &Arc<Pool>) {
+pub(crate) fn close(pool: &Arc<Pool>) -> Option<CoherentMemory> {
     const REPORT: Delta = Delta::from_secs(10);
     const MAX_PAUSE: Delta = Delta::from_secs(1);
 
@@ -294,7 +335,7 @@ pub(crate) fn close(pool: &Arc<Pool>) {
     let mut pause = Delta::from_millis(1);
     loop {
         if pool.is_lost() {
-            return Pool::give_up(pool);
+            return Pool::give_up(pool, poison_all);
         }
         let mut result = Ok(());
         for _ in 0..=pool.used_pages() / BATCH {
@@ -319,5 +360,5 @@ pub(crate) fn close(pool: &Arc<Pool>) {
         fsleep(pause);
         pause = (pause * 2).min(MAX_PAUSE);
     }
-    pool.free_chunks();
+    pool.free_chunks()
 }

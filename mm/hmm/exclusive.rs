@@ -11,7 +11,9 @@
 
 use super::{
     callback::Callback,
+    copy::DeviceRange,
     hmm_range::{
+        identify,
         populate,
         Deadline,
         FaultBuf,
@@ -22,6 +24,7 @@ use super::{
         Access,
         HmmPfn, //
     },
+    pool::Pool,
     range::PageRange,
     region::Region,
     span::Location,
@@ -39,6 +42,7 @@ use kernel::{
     dma::DmaAddress,
     error::from_err_ptr,
     mm::virt::flags,
+    page::PAGE_SIZE,
     prelude::*, //
 };
 
@@ -49,6 +53,7 @@ use kernel::{
 pub struct ExclusivePage<'c> {
     va: usize,
     address: Option<DmaAddress>,
+    is_device: bool,
     _commit: PhantomData<&'c ()>,
 }
 
@@ -59,11 +64,16 @@ impl ExclusivePage<'_> {
         self.va
     }
 
-    /// Where the device finds the page, which is in system memory, if the mirror was made with
-    /// [`Mirror::for_device`](super::Mirror::for_device).
+    /// Where the device finds the page, if the mirror was made with
+    /// [`Mirror::for_device`](super::Mirror::for_device). The page is in system memory, or in
+    /// coherent memory of this device or another.
     #[inline]
     pub fn location(&self) -> Option<Location> {
-        self.address.map(Location::Bus)
+        let address = self.address?;
+        Some(match self.is_device {
+            true => Location::Device(DeviceRange::new(address as usize, PAGE_SIZE)),
+            false => Location::Bus(address),
+        })
     }
 }
 
@@ -153,8 +163,8 @@ fn mirror_make_exclusive(
     buf.retries = 0;
     loop {
         buf.bring_leaf()?;
-        // Make the page writable, migrate it to system memory if it is in the memory of a device,
-        // and end the exclusive access of other devices. If this was left to
+        // Make the page writable, migrate it to system memory if it is in memory that the CPU does
+        // not reach, and end the exclusive access of other devices. If this was left to
         // make_device_exclusive(), its invalidations would collide.
         let populated = populate(
             mm,
@@ -215,11 +225,14 @@ fn make_exclusive(
         return Ok(false);
     };
     let locked = locked?;
+    let owner = Pool::owner(mm.mirror().pool());
     let pfn = buf.pfns.first().map(|&raw| HmmPfn::from_output(raw));
+    // SAFETY: The page was reported with `seq`, and `locked` has a reference to it.
+    let pfn = pfn.map(|pfn| unsafe { identify(pfn, owner) });
+    let is_device = pfn.is_some_and(HmmPfn::is_device);
     // SAFETY: The page was reported with `seq`. The region's lock is held for write, and the event
     // that made the page exclusive is the only one since then. The page is anonymous, so it is in
-    // the direct map. It is not of a pool, since populate() without an owner has migrated it from
-    // there.
+    // the direct map. `identify()` has marked a page of the device.
     let installed =
         unsafe { preparation.install(&mut entries, page, pfn.into_iter(), &mut buf.spare) }?;
     if !installed {
@@ -229,6 +242,7 @@ fn make_exclusive(
     f(&ExclusivePage {
         va: page.start(),
         address: entries.address(page.start()),
+        is_device,
         _commit: PhantomData,
     });
     drop(callback);

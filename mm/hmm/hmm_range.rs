@@ -304,8 +304,8 @@ pub(crate) fn report(
 }
 
 /// Completes the report of one page. Marks a page of the pool that has this `owner` as a page of
-/// the device, and the shared zero page as such. Returns an error instead of a page that the kernel
-/// cannot reach through the direct map.
+/// the device, and the shared zero page and coherent memory of other devices as such. Returns an
+/// error instead of a page that the kernel cannot reach through the direct map.
 ///
 /// # Safety
 ///
@@ -330,8 +330,11 @@ pub(crate) unsafe fn identify(pfn: HmmPfn, owner: *mut c_void) -> HmmPfn {
     };
     // SAFETY: is_zero_pfn() is safe to call for any number, and page_to_pfn() for a valid page.
     let is_zero = unsafe { bindings::is_zero_pfn(bindings::page_to_pfn(page)) };
+    // SAFETY: The page was reported and cannot be freed (see the # Safety section).
+    let is_remote = unsafe { bindings::is_device_coherent_page(page) };
     match reachable {
         true if is_zero => pfn.with_zero(),
+        true if is_remote => pfn.with_remote(),
         true => pfn,
         false => HmmPfn::ERROR,
     }

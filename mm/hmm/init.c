@@ -11,11 +11,21 @@
 
 #include <linux/init.h>
 #include <linux/module.h>
+#include <linux/moduleparam.h>
 #include <linux/notifier.h>
 
 /* mm/hmm/device_pool.rs */
 void rust_hmm_init(void);
 void rust_hmm_module_going(struct module *module);
+
+#ifdef CONFIG_RUST_HMM_KUNIT_TEST
+#undef MODULE_PARAM_PREFIX
+#define MODULE_PARAM_PREFIX "hmm_kunit."
+
+/* The address of 4 MiB that the tests in kunit/coherent.rs may overwrite */
+unsigned long rust_hmm_kunit_memory;
+module_param_named(memory, rust_hmm_kunit_memory, ulong, 0444);
+#endif
 
 static int hmm_module_notify(struct notifier_block *nb, unsigned long state,
 			     void *module)

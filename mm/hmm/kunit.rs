@@ -5,6 +5,8 @@
 mod binding;
 mod callback;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod coherent;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod copy;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod device;

@@ -89,6 +89,7 @@
 //! - [`DevicePool`]: if it is leaked, or dropped while the core calls a driver, the core ends it
 //!   when its module is unloaded: after the module's exit function, before the module's code is
 //!   freed.
+//! - [`CoherentMemory`]: if it is leaked, the range of physical addresses stays reserved.
 //! - [`Commit`], [`Entry`], [`ReadPage`], [`WritePage`] and [`ExclusivePage`] are only lent to a
 //!   closure and have no destructor. A closure cannot fault again, so a task never has those of two
 //!   mirrors at a time and cannot confuse their pages.
@@ -129,6 +130,8 @@
 
 mod binding;
 mod callback;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+mod coherent;
 mod commit;
 #[cfg(CONFIG_RUST_HMM_DEVICE)]
 mod copy;
@@ -168,6 +171,8 @@ mod span;
 mod vma;
 
 pub use binding::DmaBinding;
+#[cfg(CONFIG_RUST_HMM_DEVICE)]
+pub use coherent::CoherentMemory;
 pub use commit::{
     Commit,
     DevicePage,

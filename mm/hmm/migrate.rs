@@ -291,7 +291,7 @@ impl MirroredMm<'_> {
         let Some(vma) = vma else {
             return Ok(Migrated::none(range));
         };
-        let mut most = Order::MAX;
+        let mut most = pool.max_order();
         loop {
             let arrays = buf.arrays().0;
             // SAFETY: `guard` holds mmap_lock, and `vma` borrows it. There is no faulting page.
@@ -462,7 +462,13 @@ fn migrate_to_device(
     }
     let block = PageRange::aligned_block(range.start(), Order::MAX.get())?;
     let window = match scan.first {
-        _ if !whole || block.pages() > buf.src.len() || block == range => range,
+        _ if !whole
+            || !pool.max_order().is_large()
+            || block.pages() > buf.src.len()
+            || block == range =>
+        {
+            range
+        }
         First::Large => block,
         First::Hole if mm.has_only_holes(block, buf)? => block,
         _ => range,
@@ -476,7 +482,7 @@ fn migrate_to_device(
     // A large folio needs a block of its size. If none can be made, it is split.
     let mut round = Round {
         window,
-        most: Order::MAX,
+        most: pool.max_order(),
         room: 0,
     };
     let mut tried = false;
@@ -586,7 +592,7 @@ fn migratable(vma: Option<&VmaRef>, range: PageRange) -> Result<(PageRange, Opti
     Ok((range, can_migrate(vma).then_some(vma)))
 }
 
-/// Whether mm can migrate pages of `vma` to device-private memory, and a device can use them there.
+/// Whether mm can migrate pages of `vma` to device memory, and a device can use them there.
 fn can_migrate(vma: &VmaRef) -> bool {
     // KSM merges no pages in device memory, and the process has asked for merging.
     let special = flags::IO

@@ -243,8 +243,10 @@ impl Locked<'_> {
         // SAFETY: The pages of system memory are either locked, unmapped and referenced by mm
         // alone, or new. So nobody else accesses them, and they are not freed before `self` is
         // dropped. Each page is in `copies` once. Each copy from the device has a page of system
-        // memory.
-        let mut batch = unsafe { CopyBatch::new(copies, to_device, &written) };
+        // memory. `cpu_address()` is the address of the pool's memory, whose pages of `copies` are
+        // locked and unmapped, or new, as well.
+        let mut batch =
+            unsafe { CopyBatch::new(copies, to_device, &written, self.pool.cpu_address()) };
         if !copies.is_empty() {
             let _callback = Callback::begin();
             driver.copy(&mut batch)?;
@@ -376,7 +378,7 @@ impl<'a, Way> Collected<'a, Way> {
     /// # Safety
     ///
     /// - `mmap_lock` is held for `'a`.
-    /// - `select` names system memory if `Way` is [`ToDevice`], and device-private memory if it is
+    /// - `select` names system memory if `Way` is [`ToDevice`], and the memory of `pool` if it is
     ///   [`ToRam`].
     /// - `fault_page` is null, or a page of `pool` that is locked and referenced.
     unsafe fn select(
@@ -413,8 +415,8 @@ impl<'a, Way> Collected<'a, Way> {
         // `fault_page` is null or locked (see the # Safety section).
         to_result(unsafe { bindings::migrate_vma_setup(&mut args) })?;
         // INVARIANT: migrate_vma_setup() has set both arrays, all destinations to zero. It has
-        // selected pages by where they are (see the # Safety section), and device-private pages
-        // also by the owner, which is a different one for each pool.
+        // selected pages by where they are (see the # Safety section), and pages of devices also
+        // by the owner, which is a different one for each pool.
         Ok(Self(
             Locked {
                 pool,
@@ -562,11 +564,10 @@ impl<'a> Collected<'a, ToRam> {
         fault_page: *mut bindings::page,
         arrays: Arrays<'a>,
     ) -> Result<Self> {
-        let select = bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE;
         // SAFETY: The caller holds mmap_lock for `'a`, and `fault_page` is null or a locked and
-        // referenced page of `pool` (see the # Safety section). `select` names device-private
-        // memory.
-        unsafe { Self::select(pool, vma, range, most, select, fault_page, arrays) }
+        // referenced page of `pool` (see the # Safety section). `Pool::select()` names the memory
+        // of the pool.
+        unsafe { Self::select(pool, vma, range, most, pool.select(), fault_page, arrays) }
     }
 
     /// Locks and unmaps the pages of `pool` whose pfns are in the first `pages` elements of
@@ -598,6 +599,14 @@ impl<'a> Collected<'a, ToRam> {
             },
             PhantomData,
         )
+    }
+
+    /// Poisons the pages, whose contents are lost, in all processes, and frees them.
+    pub(crate) fn poison(self) {
+        let Locked { arrays, pages, .. } = &self.0;
+        // SAFETY: The type invariants say that migrate_device_pfns() has set `src`, since only it
+        // finds pages of a pool whose device is lost, and a coherent pool has no large folios.
+        unsafe { bindings::migrate_device_poison(arrays.src.as_ptr().cast_mut(), *pages) };
     }
 
     /// Copies the pages to new pages of system memory, allocated with `effort`. Pages that cannot

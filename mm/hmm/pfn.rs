@@ -31,13 +31,17 @@ const ORDER: usize = 0x1f << ORDER_SHIFT;
 
 /// The page is in the memory of the device.
 ///
-/// mm uses this bit and that of `ZERO` for pages that are mapped for DMA. `hmm_range_fault()` only
-/// copies them from its input, where this crate does not set them, so the bits are free for use.
+/// mm uses this bit and those of `ZERO` and `REMOTE` for pages that are mapped for DMA.
+/// `hmm_range_fault()` only copies them from its input, where this crate does not set them, so the
+/// bits are free for use.
 const DEVICE: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA;
 /// The page is the shared zero page.
 const ZERO: usize = bindings::hmm_pfn_flags_HMM_PFN_P2PDMA_BUS;
-static_assert!((DEVICE | ZERO | ORDER) & FLAGS == DEVICE | ZERO | ORDER);
-static_assert!((DEVICE | ZERO) & (VALID | WRITE | ERROR | ORDER) == 0 && DEVICE & ZERO == 0);
+/// The page is in coherent memory of another device.
+const REMOTE: usize = bindings::hmm_pfn_flags_HMM_PFN_DMA_MAPPED;
+static_assert!((DEVICE | ZERO | REMOTE | ORDER) & FLAGS == DEVICE | ZERO | REMOTE | ORDER);
+static_assert!((DEVICE | ZERO | REMOTE) & (VALID | WRITE | ERROR | ORDER) == 0);
+static_assert!(DEVICE & ZERO == 0 && (DEVICE | ZERO) & REMOTE == 0);
 
 /// What the device wants to do with a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -136,6 +140,18 @@ impl HmmPfn {
     #[inline]
     pub(crate) const fn is_zero(self) -> bool {
         self.0 & ZERO != 0
+    }
+
+    /// Marks the page as one in coherent memory of another device.
+    #[inline]
+    pub(crate) const fn with_remote(self) -> Self {
+        Self(self.0 | REMOTE)
+    }
+
+    /// Whether the page is marked as one in coherent memory of another device.
+    #[inline]
+    pub(crate) const fn is_remote(self) -> bool {
+        self.0 & REMOTE != 0
     }
 
     /// The order, in pages, of the CPU mapping that this page is a part of. The mapping may reach

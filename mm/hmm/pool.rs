@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The memory of a device as `struct page`s of type `MEMORY_DEVICE_PRIVATE`, which the CPU cannot
-//! access.
+//! The memory of a device as `struct page`s: of type `MEMORY_DEVICE_PRIVATE` if the CPU cannot
+//! access it, and of type `MEMORY_DEVICE_COHERENT` if it can.
 //!
 //! A pool consists of chunks, each with one `dev_pagemap`. It adds a chunk when it has no free page
-//! left, and keeps all chunks until it ends. This file owns the chunks, the page allocator and the
-//! data that the driver keeps for each page. The migration of pages is built on it, in other files.
+//! left, and keeps all chunks until it ends. Coherent memory is one chunk, from the start. This
+//! file owns the chunks, the page allocator and the data that the driver keeps for each page. The
+//! migration of pages is built on it, in other files.
 //!
 //! Lock order: folio locks, the locks of a page table and of an LRU list, then `page_data`, then
 //! `slots`. The latter two disable interrupts, since interrupt handlers take the lock of an LRU
@@ -16,6 +17,7 @@
 
 use super::{
     callback::Callback,
+    coherent::CoherentMemory,
     copy::CopyBatch,
     dma::Dma,
     folio::NewFolio,
@@ -89,6 +91,11 @@ pub(crate) struct Pool {
     /// A copy, since the driver may go before the chunks.
     name: CString,
     chunk_pages: usize,
+    /// The physical address of coherent memory, in bytes.
+    coherent: Option<usize>,
+    /// The coherent memory, until the chunk is removed.
+    #[pin]
+    memory: Mutex<Option<CoherentMemory>>,
     /// The chunks. They are removed only when the pool ends.
     #[pin]
     chunks: Mutex<KVec<Pin<KBox<Chunk>>>>,
@@ -112,7 +119,7 @@ impl WorkItem for Pool {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        this.free_chunks();
+        drop(this.free_chunks());
     }
 }
 
@@ -203,16 +210,30 @@ impl Drop for MemRegion {
     }
 }
 
+/// Where the memory of a pool is for the CPU.
+pub(crate) enum Space {
+    /// Nowhere: each of up to `max_chunks` chunks reserves a range of free physical addresses.
+    Private {
+        chunk_pages: usize,
+        max_chunks: usize,
+    },
+    /// At physical addresses that the CPU reaches.
+    Coherent(CoherentMemory),
+}
+
 /// A part of the device's memory, with its `struct page`s.
 ///
 /// # Invariants
 ///
-/// `memremap_pages()` has mapped `pagemap` at `region`. It stays mapped until the chunk is dropped.
+/// `memremap_pages()` has mapped `pagemap` at `start`. It stays mapped until the chunk is dropped.
 #[pin_data(PinnedDrop)]
 struct Chunk {
     #[pin]
     pagemap: Opaque<bindings::dev_pagemap>,
-    region: MemRegion,
+    /// The physical address, in bytes.
+    start: usize,
+    /// What is reserved for private memory.
+    _region: Option<MemRegion>,
     /// The number of the chunk's first page, counted from the start of the device's memory.
     first: usize,
     pool: Arc<Pool>,
@@ -234,12 +255,23 @@ impl Chunk {
     /// other errors of `memremap_pages()`, if the architecture cannot hot-plug memory, for example.
     fn new(pool: Arc<Pool>, first: usize) -> Result<Pin<KBox<Self>>> {
         let len = pool.chunk_pages << PAGE_SHIFT;
-        let region = MemRegion::new(len, &pool.name)?;
-        let start = region.start as u64;
-        let (owner, ops) = (pool.as_owner(), pool.pagemap_ops);
+        let (start, region) = match pool.coherent {
+            Some(start) => (start, None),
+            None => {
+                let region = MemRegion::new(len, &pool.name)?;
+                (region.start, Some(region))
+            }
+        };
+        let range = bindings::range {
+            start: start as u64,
+            end: (start + len) as u64 - 1,
+        };
+        let pfns = (start >> PAGE_SHIFT..).take(pool.chunk_pages);
+        let (owner, ops, type_) = (pool.as_owner(), pool.pagemap_ops, pool.memory_type());
         KBox::pin_init(
             try_pin_init!(Self {
-                region,
+                start,
+                _region: region,
                 first,
                 pool,
                 // Initialise this field last: if a later one failed, nothing would unmap it.
@@ -252,22 +284,19 @@ impl Chunk {
                     // SAFETY: `slot` is valid for writes (see `try_ffi_init()`), and was zeroed
                     // above.
                     unsafe {
-                        (*slot).type_ = bindings::memory_type_MEMORY_DEVICE_PRIVATE;
+                        (*slot).type_ = type_;
                         (*slot).ops = ops;
                         (*slot).owner = owner;
                         (*slot).nr_range = 1;
-                        *(*slot).__bindgen_anon_1.range.as_mut() = bindings::range {
-                            start,
-                            end: start + len as u64 - 1,
-                        };
+                        *(*slot).__bindgen_anon_1.range.as_mut() = range;
                     }
                     // SAFETY: `slot` is pinned until `PinnedDrop` has unmapped it. The fields that
-                    // `memremap_pages()` needs for MEMORY_DEVICE_PRIVATE are set. `region` reserves
-                    // the range, so nothing else uses it.
+                    // `memremap_pages()` needs for this type are set. The range is reserved, by
+                    // `region` or the `memory` of the pool, so nothing else uses it.
                     from_err_ptr(unsafe {
                         bindings::memremap_pages(slot, bindings::NUMA_NO_NODE)
                     })?;
-                    for pfn in (start as usize >> PAGE_SHIFT..).take(len >> PAGE_SHIFT) {
+                    for pfn in pfns {
                         // SAFETY: `memremap_pages()` has made a `struct page` for the pfn, which
                         // nobody else uses yet.
                         unsafe {
@@ -284,7 +313,7 @@ impl Chunk {
 
     /// The pfn of the chunk's first page.
     fn first_pfn(&self) -> usize {
-        self.region.start >> PAGE_SHIFT
+        self.start >> PAGE_SHIFT
     }
 }
 
@@ -464,24 +493,32 @@ unsafe fn free_data(page: *mut bindings::page, order: Order, ops: &dyn Ops) {
 }
 
 impl Pool {
-    /// Creates a pool without chunks, which grows to at most `max_chunks` chunks of `chunk_pages`
-    /// pages each.
+    /// Creates a pool without chunks in `space`.
     ///
     /// `pagemap_ops` has [`folio_free`] and the handler of CPU faults. `module` is the module that
     /// has the code of `ops`, or null.
     ///
     /// # Errors
     ///
-    /// Those of [`Slots::new`], and [`ENOMEM`].
+    /// Those of [`Slots::new`] and [`CoherentMemory::bounds`], and [`ENOMEM`].
     pub(crate) fn new(
         pagemap_ops: &'static bindings::dev_pagemap_ops,
         module: *mut bindings::module,
         name: &CStr,
         ops: DriverOps,
         dma: Option<Arc<Dma>>,
-        chunk_pages: usize,
-        max_chunks: usize,
+        space: Space,
     ) -> Result<Arc<Self>> {
+        let (chunk_pages, max_chunks, coherent, memory) = match space {
+            Space::Private {
+                chunk_pages,
+                max_chunks,
+            } => (chunk_pages, max_chunks, None, None),
+            Space::Coherent(memory) => {
+                let (start, pages) = memory.bounds()?;
+                (pages, 1, Some(start), Some(memory))
+            }
+        };
         let slots = Slots::new(chunk_pages, max_chunks)?;
         let name = CString::try_from(name)?;
         let init = try_pin_init!(Self {
@@ -491,6 +528,8 @@ impl Pool {
             lost: Atomic::new(false),
             name,
             chunk_pages,
+            coherent,
+            memory <- new_mutex!(memory, "hmm_memory"),
             chunks <- new_mutex!(KVec::new(), "hmm_chunks"),
             slots <- new_spinlock_irq!(slots, "hmm_slots"),
             pagemap_ops,
@@ -504,6 +543,49 @@ impl Pool {
     /// The name that the driver gave the pool.
     pub(crate) fn name(&self) -> &CStr {
         &self.name
+    }
+
+    /// Whether the CPU reaches the memory.
+    pub(crate) fn is_coherent(&self) -> bool {
+        self.coherent.is_some()
+    }
+
+    /// The type of the pages.
+    fn memory_type(&self) -> bindings::memory_type {
+        match self.is_coherent() {
+            true => bindings::memory_type_MEMORY_DEVICE_COHERENT,
+            false => bindings::memory_type_MEMORY_DEVICE_PRIVATE,
+        }
+    }
+
+    /// What `migrate_vma_setup()` is to collect for a migration to system memory.
+    pub(crate) fn select(&self) -> bindings::migrate_vma_direction {
+        match self.is_coherent() {
+            true => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_COHERENT,
+            false => bindings::migrate_vma_direction_MIGRATE_VMA_SELECT_DEVICE_PRIVATE,
+        }
+    }
+
+    /// The largest folio of the pool. mm is not ready for large folios of coherent memory:
+    /// `migrate_vma_collect_huge_pmd()` takes them for system memory, and
+    /// `migrate_device_coherent_folio()`, which GUP calls, warns about them.
+    pub(crate) fn max_order(&self) -> Order {
+        match self.is_coherent() {
+            true => Order::PAGE,
+            false => Order::MAX,
+        }
+    }
+
+    /// The address at which the CPU finds the start of the memory, or null if it does not.
+    pub(crate) fn cpu_address(&self) -> *mut u8 {
+        match self.coherent {
+            // SAFETY: The memory has a `struct page` for this pfn while there is a chunk, and the
+            // address is only computed here.
+            Some(start) => unsafe {
+                bindings::page_address(bindings::pfn_to_page(start >> PAGE_SHIFT)).cast()
+            },
+            None => null_mut(),
+        }
     }
 
     /// The driver, for calls that may sleep.
@@ -561,17 +643,23 @@ impl Pool {
     }
 
     /// Gives up the driver of a lost device: waits for its callbacks, and gives the data of all
-    /// pages back. The chunks stay until the last page is free. Sleeps.
-    pub(crate) fn give_up(this: &Arc<Self>) {
+    /// pages back. The chunks stay until the last page is free. Returns coherent memory, if that
+    /// was so already. Sleeps.
+    ///
+    /// `poison` takes the pages of coherent memory away from the processes.
+    pub(crate) fn give_up(this: &Arc<Self>, poison: fn(&Self)) -> Option<CoherentMemory> {
         this.set_lost();
         let calls = this.calls.write();
         let driver = this.ops.try_access().map(|driver| (*driver).clone());
         // Another task may have done it.
-        let Some(driver) = driver else { return };
+        let driver = driver?;
         // This waits for the callbacks that do not sleep.
         this.ops.revoke();
         // Nobody sets data of new pages any more.
         drop(calls);
+        if this.is_coherent() {
+            poison(this);
+        }
         let chunks = this.chunks.lock();
         for chunk in chunks.iter() {
             let mut offset = 0;
@@ -597,8 +685,9 @@ impl Pool {
         slots.orphan();
         let idle = slots.is_idle();
         drop(slots);
-        if idle {
-            this.free_chunks();
+        match idle {
+            true => this.free_chunks(),
+            false => None,
         }
     }
 
@@ -630,13 +719,15 @@ impl Pool {
         self.slots.lock().close();
     }
 
-    /// Removes all chunks. No page may be in use. Sleeps.
-    pub(crate) fn free_chunks(&self) {
+    /// Removes all chunks, and returns the memory of a coherent pool. No page may be in use.
+    /// Sleeps.
+    pub(crate) fn free_chunks(&self) -> Option<CoherentMemory> {
         // Drop the chunks with the lock held, so that another task that ends the pool at the same
         // time (when its module is unloaded, for example) does not return before the chunks are
         // gone.
         let mut chunks = self.chunks.lock();
         *chunks = KVec::new();
+        self.memory.lock().take()
     }
 
     /// Fills `pfns` with the pfns of the oldest folios in use, makes these the youngest, and
@@ -683,11 +774,14 @@ impl Pool {
     /// `page` must be valid and must not be freed meanwhile.
     pub(crate) unsafe fn owns(owner: *mut c_void, page: *mut bindings::page) -> bool {
         // SAFETY: The page is valid (see the # Safety section).
-        if owner.is_null() || !unsafe { bindings::is_device_private_page(page) } {
+        let is_device = unsafe {
+            bindings::is_device_private_page(page) || bindings::is_device_coherent_page(page)
+        };
+        if owner.is_null() || !is_device {
             return false;
         }
-        // SAFETY: The page is device-private and is not freed meanwhile (see the # Safety section),
-        // so its pagemap is valid.
+        // SAFETY: The page is one of a device and is not freed meanwhile (see the # Safety
+        // section), so its pagemap is valid.
         unsafe { (*bindings::page_pgmap(page)).owner == owner }
     }
 
@@ -713,6 +807,13 @@ impl Pool {
         // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
         // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
+        if pool.is_coherent() {
+            // SAFETY: The CPU reaches the page, which is not freed meanwhile, and the bytes lie in
+            // it (see the # Safety section). C code copies them, so a concurrent access by the
+            // process can only mix old and new bytes.
+            unsafe { bindings::memcpy_from_page(buf.as_mut_ptr().cast(), page, offset, buf.len()) };
+            return !pool.is_lost();
+        }
         pool.access(|cpu| cpu.read(address + offset, buf))
     }
 
@@ -726,6 +827,11 @@ impl Pool {
         // SAFETY: The page belongs to a chunk and is not freed meanwhile (see the # Safety
         // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
+        if pool.is_coherent() {
+            // SAFETY: As in `Pool::read()`.
+            unsafe { bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len()) };
+            return !pool.is_lost();
+        }
         pool.access(|cpu| cpu.write(address + offset, buf))
     }
 
@@ -758,13 +864,27 @@ impl Pool {
         let Some(first) = next else {
             return false;
         };
-        let mut add_chunk = || {
-            let chunk = Chunk::new(this.clone(), first)?;
-            let slots = ChunkSlots::new(this.chunk_pages, chunk.first_pfn())?;
-            chunks.push(chunk, GFP_KERNEL)?;
-            this.slots.lock().add_chunk(slots)
-        };
-        add_chunk().is_ok()
+        Self::add_chunk(this, &mut chunks, first).is_ok()
+    }
+
+    fn add_chunk(this: &Arc<Self>, chunks: &mut KVec<Pin<KBox<Chunk>>>, first: usize) -> Result {
+        let chunk = Chunk::new(this.clone(), first)?;
+        let slots = ChunkSlots::new(this.chunk_pages, chunk.first_pfn())?;
+        chunks.push(chunk, GFP_KERNEL)?;
+        this.slots.lock().add_chunk(slots)
+    }
+
+    /// Adds the only chunk of coherent memory. Sleeps.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`], and those of `memremap_pages()`.
+    pub(crate) fn add_coherent(this: &Arc<Self>) -> Result {
+        let added = Self::add_chunk(this, &mut this.chunks.lock(), 0);
+        if added.is_err() {
+            drop(this.free_chunks());
+        }
+        added
     }
 
     /// Records that the pages at these addresses hold pages of processes now, and to which NUMA

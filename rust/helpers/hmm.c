@@ -252,6 +252,11 @@ __rust_helper bool rust_helper_is_device_private_page(const struct page *page)
 	return is_device_private_page(page);
 }
 
+__rust_helper bool rust_helper_is_device_coherent_page(const struct page *page)
+{
+	return is_device_coherent_page(page);
+}
+
 __rust_helper struct dev_pagemap *
 rust_helper_page_pgmap(const struct page *page)
 {

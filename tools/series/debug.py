@@ -9,6 +9,7 @@ import re
 import time
 
 from common import HERE, Failure, logfile, read, run, write
+from kernel import KUNIT_MEMORY, MEMMAP, ON_COHERENT
 from prove import apply, diff_of
 
 PLANTED = os.path.join(HERE, "planted")
@@ -16,6 +17,7 @@ KERNEL, BROKEN = "debug", "debug-planted"
 SMP = ("ncpus=2", "seccomp=on")     # UML has a second CPU with both only
 TIMEOUT = 900
 NO_KMEMLEAK = ("dmirror_fork_test",)    # it takes twice the time there; what it allocates, dmirror_test does too
+ON_COHERENT_TOO = "dmirror_race_test", "dummy_gpu_life_test"     # the others would take three minutes more
 ROUNDS = "DUMMY_GPU_ROUNDS=10"      # of dummy_gpu_life_test; the kernel hands it to init
 
 # What a checker, or lockdep that gives up, leaves in the log. Not all of them panic.
@@ -125,13 +127,14 @@ def debug(tally, base, head, kernels, worktree):
     directory, names = programs
     log, results = logfile("debug-kunit"), []
     with tally.test("debug: KUnit"):
-        boot(kernels, nothing(kernels), "debug-kunit", ["kunit.enable=1"])
+        boot(kernels, nothing(kernels), "debug-kunit", ["kunit.enable=1"] + list(MEMMAP + KUNIT_MEMORY))
         results = kunit_results(kernels, read(log))
         clean(log)
     tally.results("debug:kunit:", results)
-    for name in names:
-        words = ["kunit.enable=0", ROUNDS] + ["kmemleak=off"] * (name in NO_KMEMLEAK)
-        kernels.selftest(
-            tally, "debug", name, prefix="debug:",
-            boot=lambda log, f: boot(kernels, os.path.join(directory, name), log, words, f),
-            look=lambda log: clean(log, kmemleak=name not in NO_KMEMLEAK))
+    for tier, programs, more in (("debug", names, ()), ("debug-coherent", ON_COHERENT_TOO, ON_COHERENT)):
+        for name in programs:
+            words = ["kunit.enable=0", ROUNDS] + ["kmemleak=off"] * (name in NO_KMEMLEAK) + list(more)
+            kernels.selftest(
+                tally, tier, name, prefix=tier + ":",
+                boot=lambda log, f: boot(kernels, os.path.join(directory, name), log, words, f),
+                look=lambda log: clean(log, kmemleak=name not in NO_KMEMLEAK))

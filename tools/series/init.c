@@ -4,8 +4,8 @@
  *
  * The root is a directory of the host (hostfs in UML, 9p in QEMU). In it the harness leaves
  *   argv      the program and its arguments, the working directory first, each ended by a NUL
- *   modules/  the modules to load, with what is in MODULE_PARAMETERS: the kernel hands that on from
- *             its command line
+ *   modules/  the modules to load, with what is in MODULE_PARAMETERS, which has semicolons for
+ *             spaces: the kernel hands that on from its command line
  * and reads afterwards
  *   status    "exit N" or "signal N", or "init ..." when this program itself failed
  *   kmemleak, lockdep_stats
@@ -77,11 +77,13 @@ static void console(const char *path, int fd)
 
 static void load_modules(void)
 {
-	const char *parameters = getenv("MODULE_PARAMETERS") ?: "";
+	char *parameters = strdup(getenv("MODULE_PARAMETERS") ?: ""), *c;
 	struct dirent **names;
 	char path[512];
 	int i, fd, n = scandir("/modules", &names, NULL, alphasort);
 
+	while ((c = strchr(parameters, ';')))
+		*c = ' ';
 	for (i = 0; i < n; i++) {
 		if (names[i]->d_name[0] == '.')
 			continue;

@@ -20,8 +20,17 @@ DEMO = "dummy_gpu_demo"
 ON_PCI = ("rust_driver_hmm_test",)  # they need a device that only QEMU has
 HUGE = ("dummy_gpu_large_test",)    # they need huge pages, which UML does not have
 ON_DAX = ("dummy_gpu_dax_test",)    # they need a filesystem on memory of the machine
+COHERENT_TOO = ("dmirror_fork_test", "dmirror_race_test", "dummy_gpu_life_test",
+                "dummy_gpu_atomic_test")    # they run again with device memory that the CPU reaches
 KUNITCONFIG = "mm/hmm/.kunitconfig"
 SAFETY = ("panic_on_warn=1", "oops=panic")     # on every boot
+# The memory of two devices that the CPU reaches: the addresses of 256 MiB each.
+COHERENT = 0x180000000, 0x190000000
+MEMMAP = tuple("memmap=256M$%#x" % start for start in COHERENT)
+INSTANCES = ";".join("coherent%d=%#x" % pair for pair in enumerate(COHERENT))   # for dummy_gpu
+WITH_COHERENT = MEMMAP + ("MODULE_PARAMETERS=" + INSTANCES,)
+ON_COHERENT = MEMMAP + ("MODULE_PARAMETERS=coherent_mb=64;" + INSTANCES, "DUMMY_GPU_COHERENT=" + INSTANCES)
+KUNIT_MEMORY = "hmm_kunit.memory=%#x" % COHERENT[0],
 BOOT_TIMEOUT = 300
 REPORTS = ("kmemleak", "lockdep_stats")        # what init leaves of a kernel that has checkers
 
@@ -167,7 +176,7 @@ class Kernels:
         with scratch("kunit") as tmp:
             result = os.path.join(tmp, "result.json")
             status = self.kunit_py("exec", "--json=" + result, "--timeout=%d" % timeout,
-                                   *("--kernel_args=" + a for a in SAFETY), *([pattern] if pattern else []),
+                                   *("--kernel_args=" + a for a in SAFETY + MEMMAP + KUNIT_MEMORY), *([pattern] if pattern else []),
                                    log="kunit", timeout=timeout + 60, check=False, build_dir=image)
             if not os.path.exists(result):
                 raise Failure("kunit.py gave no result", log if os.path.exists(log) else logfile("kunit"))

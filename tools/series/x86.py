@@ -14,15 +14,19 @@ import mmtests
 import prove
 from common import HERE, Failure, logfile, read, say, write
 from hmmtests import HMM_TESTS
-from kernel import DEMO, HUGE, ON_DAX, ON_PCI
+from kernel import COHERENT, COHERENT_TOO, DEMO, HUGE, INSTANCES, KUNIT_MEMORY, MEMMAP, ON_COHERENT, ON_DAX, ON_PCI
 
 OURS, MAINLINE, SAMPLE = "dummy_gpu", "test_hmm", "rust_driver_hmm"
 NODE = "/dev/hmm_dmirror0"
 TCG = ["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"]    # page tables of five levels only take time
 KVM = ["-accel", "kvm", "-cpu", "host"]
+MEMORY = "4608M"                    # a half below 4 GiB, and up to the end of what COHERENT sets aside
+COHERENT_TEST = "_coherent."          # in the names of hmm-tests
 TIMEOUT = 900
 STAGE = 300                         # seconds for hmm-tests on one driver
-VRAM = ",vram_mb=320"               # benchmark_thp_migration migrates 256 MiB
+# benchmark_thp_migration migrates 256 MiB.
+WITH_MEMORY = ",vram_mb=320 %s" % INSTANCES.replace(";", " ")
+WITH_SPM = "," + " ".join("spm_addr_dev%d=%#x" % c for c in enumerate(COHERENT))    # test_hmm's name for it
 NO_INJECTION = "dummy_gpu_fail_nth_test",   # it wants fault injection, which would count in make bench
 # Of dummy_gpu_life_test, and of each storm of dummy_gpu_large_test; the kernel hands them to init.
 ROUNDS, SECONDS = "DUMMY_GPU_ROUNDS=5", "DUMMY_GPU_SECONDS=" + (os.environ.get("SECONDS") or "3")
@@ -79,7 +83,7 @@ def qemu(kernels, accel, kernel, root, consoles, words, cpus=2, devices=()):
               "sysctl.vm.percpu_pagelist_high_fraction=100000"]
     # The interrupts of "pc" are found by a program of its firmware, which is too slow under KASAN for ACPI.
     line = ["qemu-system-x86_64", "-machine", "q35"] + accel + [
-        "-smp", str(cpus), "-m", "4G", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-smp", str(cpus), "-m", MEMORY, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-serial", "stdio", "-kernel", os.path.join(kernels.dir(kernel), "arch/x86/boot/bzImage"),
         "-append", " ".join(append + list(words)), *devices]
     for tag, path, more in (("root", root, ""), ("host", "/", ",readonly=on")):
@@ -169,15 +173,15 @@ class Column:
 
 
 def columns(kernels, lines):
-    """The output of stages.c, by driver."""
-    parts, name = {}, None
+    """The output of stages.c, by stage."""
+    parts = []
     for when, line in lines:
         if line in ("== " + OURS, "== " + MAINLINE):
-            name = line[3:]
-            parts[name] = []
-        elif name:
-            parts[name].append((when, line))
-    return [Column(kernels, n, parts.get(n, [])) for n in (OURS, MAINLINE)]
+            parts.append([])
+        elif parts:
+            parts[-1].append((when, line))
+    parts += [[], [], []]
+    return [Column(kernels, n, part) for n, part in zip((OURS, MAINLINE, MAINLINE + "-coherent"), parts)]
 
 
 def warnings(text):
@@ -199,7 +203,8 @@ def prefix():
 
 
 def upstream(tally, kernels, kernel, tests):
-    """hmm-tests in one boot: dummy_gpu, where a warning is a panic, and then test_hmm, where it is not."""
+    """hmm-tests in one boot: dummy_gpu, where a warning is a panic, and then test_hmm, where it is not. The
+    kernel may not survive test_hmm with coherent memory, so that comes last, with mainline's own tests."""
     everything, log = hmmtests.names(kernels.src), logfile("x86-" + HMM_TESTS)
     ours = mainline = None
     later, note = {}, ""
@@ -208,16 +213,18 @@ def upstream(tally, kernels, kernel, tests):
         stages = kernels.static("stages")
         names = hmmtests.arguments(everything, later)
         host = "/host" + tests
-        args = [str(STAGE), "/host" + module(kernels, kernel, OURS) + VRAM, NODE, host] + names + [
-            "--", "-/host" + module(kernels, kernel, MAINLINE), NODE, host]
+        args = [str(STAGE), "/host" + module(kernels, kernel, OURS) + WITH_MEMORY, NODE, host] + names + [
+            "--", "-/host" + module(kernels, kernel, MAINLINE), NODE, host,
+            "--", "-/host" + module(kernels, kernel, MAINLINE) + WITH_SPM, NODE, host] + hmmtests.arguments(
+                [t for t in hmmtests.names(kernels.src, "base") if COHERENT_TEST in t], ())
         out = Timed(logfile("x86-%s-output" % HMM_TESTS))
         with contextlib.closing(out.file), open(logfile("x86-%s-errors" % HMM_TESTS), "wb") as err:
             try:
                 boot(kernels, kernel, stages, "x86-" + HMM_TESTS, args, driver=None, out=out, err=err,
-                     timeout=TIMEOUT)
+                     extra=("kunit.enable=0",) + MEMMAP, timeout=TIMEOUT)
             except Failure as e:
                 note = ", " + str(e)
-        ours, mainline = columns(kernels, out.lines)
+        ours, mainline, coherent = columns(kernels, out.lines)
         before, _, after = read(log).partition("== %s\n" % MAINLINE)
         found = warnings(after)
         if warnings(before):
@@ -230,8 +237,13 @@ def upstream(tally, kernels, kernel, tests):
         return
     say("    %-52s %-14s %s" % ("", OURS, MAINLINE))
     for test in everything:
-        say("    %-52s %-14s %s" % (test, "later" if test in later else ours.cell(test), mainline.cell(test)))
-    say("    %s: %s; %s: %s%s" % (OURS, ours.sum(), MAINLINE, mainline.sum(), note))
+        say("    %-52s %-14s %s" % (test, "later" if test in later else ours.cell(test),
+                                     (coherent if COHERENT_TEST in test else mainline).cell(test)))
+    say("    %s: %s; %s: %s; with coherent memory: %s%s" % (
+        OURS, ours.sum(), MAINLINE, mainline.sum(), coherent.sum(), note))
+    own = [t for t in hmmtests.names(kernels.src, "base") if t in ours.results]
+    say("    of mainline's own %d tests, %d pass on %s" % (
+        len(own), sum(ours.results[t] == "PASS" for t in own), OURS))
     if found:
         say("    %s: %d warnings of the kernel, the first: %s" % (MAINLINE, len(found), found[0]))
     hmmtests.tell(tally, later)
@@ -250,7 +262,8 @@ def upstream(tally, kernels, kernel, tests):
 def kunit(tally, kernels, kernel):
     log, results = logfile("x86-kunit"), []
     with tally.test("x86: KUnit"):
-        boot(kernels, kernel, debug.nothing(kernels), "x86-kunit", extra=("kunit.enable=1",), timeout=TIMEOUT)
+        boot(kernels, kernel, debug.nothing(kernels), "x86-kunit", extra=("kunit.enable=1",) + MEMMAP + KUNIT_MEMORY,
+             timeout=TIMEOUT)
         results = debug.kunit_results(kernels, read(log))
         quiet(log)
     tally.results(prefix() + "kunit:", results)
@@ -315,7 +328,8 @@ def x86(tally, kernels):
         with mmtests.mm_tests(tally, kernels, "x86", functools.partial(mm_boot, kernels, kernel)):
             pass
     for tier, programs, words in (
-            ("x86", names, ()), ("x86-huge", ON_HUGE, ("DUMMY_GPU_HUGE=1",)), ("x86-dax", ON_DAX, PMEM)):
+            ("x86", names, ()), ("x86-huge", ON_HUGE, ("DUMMY_GPU_HUGE=1",)), ("x86-dax", ON_DAX, PMEM),
+            ("x86-coherent", COHERENT_TOO, ON_COHERENT)):
         for name in programs:
             kernels.selftest(
                 tally, tier, name, prefix=prefix().replace("x86", tier), look=quiet,

@@ -52,20 +52,24 @@ void __ref vmemmap_free(unsigned long start, unsigned long end,
 }
 
 /*
- * Only what there is at boot is mapped. Memory that the CPU can't access needs
- * no mapping, so MEMORY_DEVICE_PRIVATE may be anywhere.
+ * Only what there is at boot is mapped, with what memmap= sets aside. Memory
+ * that the CPU can't access needs no mapping, so MEMORY_DEVICE_PRIVATE may be
+ * anywhere.
  */
 struct range arch_get_mappable_range(void)
 {
 	return (struct range) {
 		.start	= 0,
-		.end	= physmem_size - 1,
+		.end	= physmem_end() - 1,
 	};
 }
 
 int arch_add_memory(int nid, u64 start, u64 size, struct mhp_params *params)
 {
-	return -EOPNOTSUPP;
+	if (!is_device_mem(start, size))
+		return -EOPNOTSUPP;
+
+	return __add_pages(nid, PHYS_PFN(start), PHYS_PFN(size), params);
 }
 
 void arch_remove_memory(u64 start, u64 size, struct vmem_altmap *altmap,

@@ -68,8 +68,9 @@ static u64 vmemmap_test_request(struct kunit *test, unsigned long size)
 	return res->start;
 }
 
-static struct dev_pagemap *vmemmap_test_map(struct kunit *test, u64 start,
-					    u64 size)
+static struct dev_pagemap *vmemmap_test_map_as(struct kunit *test,
+					       enum memory_type type,
+					       u64 start, u64 size)
 {
 	struct dev_pagemap *pgmap;
 	int err;
@@ -77,7 +78,7 @@ static struct dev_pagemap *vmemmap_test_map(struct kunit *test, u64 start,
 	pgmap = kunit_kzalloc(test, sizeof(*pgmap), GFP_KERNEL);
 	KUNIT_ASSERT_NOT_NULL(test, pgmap);
 
-	pgmap->type = MEMORY_DEVICE_PRIVATE;
+	pgmap->type = type;
 	pgmap->range.start = start;
 	pgmap->range.end = start + size - 1;
 	pgmap->nr_range = 1;
@@ -89,6 +90,12 @@ static struct dev_pagemap *vmemmap_test_map(struct kunit *test, u64 start,
 	KUNIT_ASSERT_EQ(test, err, 0);
 
 	return pgmap;
+}
+
+static struct dev_pagemap *vmemmap_test_map(struct kunit *test, u64 start,
+					    u64 size)
+{
+	return vmemmap_test_map_as(test, MEMORY_DEVICE_PRIVATE, start, size);
 }
 
 static void vmemmap_test_unmap(struct kunit *test, struct dev_pagemap *pgmap)
@@ -205,6 +212,39 @@ static void vmemmap_test_virt_addr_valid(struct kunit *test)
 	vfree(v);
 }
 
+/* The CPU finds the same bytes when the memory has gone and come back. */
+static void vmemmap_test_device_mem(struct kunit *test)
+{
+	const unsigned long size = SZ_2M;
+	const u64 start = physmem_end() - size;
+	struct dev_pagemap *pgmap;
+	struct resource *res;
+	unsigned long bad = 0;
+	u64 *words, i;
+	int err;
+
+	if (!is_device_mem(start, size) || !IS_ALIGNED(start, size))
+		kunit_skip(test, "wants an aligned 2 MiB set aside by memmap=");
+
+	res = request_mem_region(start, size, "um_vmemmap");
+	KUNIT_ASSERT_NOT_NULL(test, res);
+	err = kunit_add_action_or_reset(test, vmemmap_test_release, res);
+	KUNIT_ASSERT_EQ(test, err, 0);
+
+	pgmap = vmemmap_test_map_as(test, MEMORY_DEVICE_COHERENT, start, size);
+	words = page_address(pfn_to_page(PHYS_PFN(start)));
+	for (i = 0; i < size / sizeof(*words); i++)
+		words[i] = start + i;
+	vmemmap_test_unmap(test, pgmap);
+	KUNIT_EXPECT_FALSE(test, pfn_valid(PHYS_PFN(start)));
+
+	pgmap = vmemmap_test_map_as(test, MEMORY_DEVICE_COHERENT, start, size);
+	for (i = 0; i < size / sizeof(*words); i++)
+		bad += words[i] != start + i;
+	KUNIT_EXPECT_EQ(test, bad, 0);
+	vmemmap_test_unmap(test, pgmap);
+}
+
 static int vmemmap_test_init(struct kunit *test)
 {
 	struct vmemmap_test *ctx;
@@ -226,6 +266,7 @@ static struct kunit_case vmemmap_test_cases[] = {
 	KUNIT_CASE(vmemmap_test_remove),
 	KUNIT_CASE(vmemmap_test_remove_part),
 	KUNIT_CASE(vmemmap_test_virt_addr_valid),
+	KUNIT_CASE(vmemmap_test_device_mem),
 	{}
 };
 

@@ -3,9 +3,10 @@
 //! Device nodes with the ioctls of the HMM test driver, `lib/test_hmm.c`.
 //!
 //! `tools/testing/selftests/mm/hmm-tests` is written for that driver. With these nodes its tests
-//! run on the Rust crate `hmm`, except those that need coherent device memory.
+//! run on the Rust crate `hmm`.
 //!
-//! `/dev/hmm_dmirrorN` is a second node of instance N. Like `uapi.rs` for the GPU's own node, this
+//! `/dev/hmm_dmirror0` and 1 are second nodes of the first two instances, `/dev/hmm_dmirror2` and 3
+//! of those with coherent memory. Like `uapi.rs` for the GPU's own node, this
 //! file checks what user space passes, and accesses and migrates the memory of the process only
 //! through [`Svm`]. It differs from the test driver as follows:
 //!
@@ -96,6 +97,8 @@ const PROT_WRITE: u8 = uapi::HMM_DMIRROR_PROT_WRITE as u8;
 const PROT_PMD: u8 = uapi::HMM_DMIRROR_PROT_PMD as u8;
 const PROT_ZERO: u8 = uapi::HMM_DMIRROR_PROT_ZERO as u8;
 const PROT_LOCAL: u8 = uapi::HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL as u8;
+const PROT_COHERENT_LOCAL: u8 = uapi::HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL as u8;
+const PROT_COHERENT_REMOTE: u8 = uapi::HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE as u8;
 
 /// The order of the 2 MiB that a PMD maps, where there are PMD mappings.
 const PMD_ORDER: u32 = SZ_2M.trailing_zeros() - PAGE_SHIFT as u32;
@@ -113,13 +116,33 @@ macro_rules! word {
 /// The maximum number of bytes that one command copies, and of one mapping of a node.
 const MAX_BYTES: usize = SZ_1G;
 
-/// The `hmm_dmirror` nodes of both instances.
+/// The `hmm_dmirror` node of an instance.
+#[pin_data]
+pub(crate) struct Node {
+    #[pin]
+    _node: MiscDeviceRegistration<Dmirror>,
+}
+
+impl Node {
+    /// Registers the node.
+    ///
+    /// # Errors
+    ///
+    /// Those of `misc_register()`.
+    pub(crate) fn new(name: &'static CStr, gpu: Arc<Gpu>) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _node <- MiscDeviceRegistration::register(MiscDeviceOptions { name }, gpu),
+        })
+    }
+}
+
+/// The `hmm_dmirror` nodes of the first two instances.
 #[pin_data]
 pub(crate) struct Nodes {
     #[pin]
-    _node0: MiscDeviceRegistration<Dmirror>,
+    _node0: Node,
     #[pin]
-    _node1: MiscDeviceRegistration<Dmirror>,
+    _node1: Node,
 }
 
 impl Nodes {
@@ -129,11 +152,9 @@ impl Nodes {
     ///
     /// Those of `misc_register()`.
     pub(crate) fn new(gpu0: Arc<Gpu>, gpu1: Arc<Gpu>) -> impl PinInit<Self, Error> {
-        let node = |name, gpu| MiscDeviceRegistration::register(MiscDeviceOptions { name }, gpu);
-
         try_pin_init!(Self {
-            _node0 <- node(c"hmm_dmirror0", gpu0),
-            _node1 <- node(c"hmm_dmirror1", gpu1),
+            _node0 <- Node::new(c"hmm_dmirror0", gpu0),
+            _node1 <- Node::new(c"hmm_dmirror1", gpu1),
         })
     }
 }
@@ -352,6 +373,10 @@ fn look(
 ) -> Result {
     const PAGES: usize = TABLE_SIZE / PAGE_SIZE;
 
+    let local = match svm.has_coherent_memory() {
+        true => PROT_COHERENT_LOCAL,
+        false => PROT_LOCAL,
+    };
     let mut seen = KVec::from_elem(PROT_ERROR, PAGES, GFP_KERNEL)?;
     let mut va = range.start();
     while va < range.end() {
@@ -365,7 +390,7 @@ fn look(
         let result = svm.snapshot(block, bufs, |commit| {
             let entries = commit.entries().filter(|(at, _)| *at >= va);
             for ((_, entry), seen) in entries.zip(&mut *seen) {
-                *seen = protection(&entry);
+                *seen = protection(&entry, local);
             }
         });
         match result {
@@ -379,20 +404,24 @@ fn look(
     Ok(())
 }
 
-/// The `HMM_DMIRROR_PROT_*` value for an entry.
-fn protection(entry: &Entry<'_>) -> u8 {
+/// The `HMM_DMIRROR_PROT_*` value for an entry, with that of pages in the GPU's own memory.
+fn protection(entry: &Entry<'_>, local: u8) -> u8 {
+    let remote = |is_remote| match is_remote {
+        true => PROT_COHERENT_REMOTE,
+        false => 0,
+    };
     let read = |page: &ReadPage<'_>| match page.is_zero() {
         true => PROT_READ | PROT_ZERO | pmd(page.order()),
-        false => PROT_READ | pmd(page.order()),
+        false => PROT_READ | pmd(page.order()) | remote(page.is_remote()),
     };
-    let write = |page: &WritePage<'_>| PROT_WRITE | pmd(page.order());
+    let write = |page: &WritePage<'_>| PROT_WRITE | pmd(page.order()) | remote(page.is_remote());
 
     match entry {
         Entry::Hole => PROT_NONE,
         Entry::Ram(RamPage::Read(page)) => read(page),
         Entry::Ram(RamPage::Write(page)) => write(page),
-        Entry::Device(DevicePage::Read(page)) => PROT_LOCAL | read(page),
-        Entry::Device(DevicePage::Write(page)) => PROT_LOCAL | write(page),
+        Entry::Device(DevicePage::Read(page)) => local | read(page),
+        Entry::Device(DevicePage::Write(page)) => local | write(page),
         _ => PROT_ERROR,
     }
 }
@@ -431,6 +460,11 @@ fn migrate_to_device(svm: &Svm, range: PageRange, ptr: UserPtr) -> Result<Done> 
     let mut bufs = FaultBuffers::new()?;
 
     check_readable(svm, range, &mut bufs)?;
+    if svm.has_coherent_memory() && range.len() >= SZ_2M {
+        // A huge page never finds a place in such memory, and its pages move one by one: that is
+        // all that a request to fail its allocation is to bring about.
+        svm.stats().fails();
+    }
     svm.prefetch(range, Location::Device)?.result?;
     let mut va = range.start();
     while va < range.end() {

@@ -56,6 +56,7 @@ use kernel::{
     sizes::SZ_1M, //
 };
 use tlb::Tlb;
+use vram::Vram;
 
 module! {
     type: DummyGpu,
@@ -66,6 +67,18 @@ module! {
         vram_mb: u32 {
             default: 64,
             description: "Memory of each instance in MiB, up to 1024, or 0 for none (default 64)",
+        },
+        coherent0: u64 {
+            default: 0,
+            description: "Physical address of memory that CPUs can use, for an instance of its own",
+        },
+        coherent1: u64 {
+            default: 0,
+            description: "The same, for another instance",
+        },
+        coherent_mb: u32 {
+            default: 256,
+            description: "Size of the memory at each of these addresses in MiB (default 256)",
         },
         devices: u32 {
             default: 2,
@@ -81,10 +94,17 @@ module! {
 /// The names of the instances after the first two.
 const OTHERS: [&CStr; 2] = [c"dummy_gpu2", c"dummy_gpu3"];
 
+/// The names of the instances with coherent memory, and of their nodes for hmm-tests.
+const COHERENT: [(&CStr, &CStr); 2] = [
+    (c"dummy_gpu_coherent0", c"hmm_dmirror2"),
+    (c"dummy_gpu_coherent1", c"hmm_dmirror3"),
+];
+
 #[pin_data]
 struct DummyGpu {
     #[pin]
     _dmirror: dmirror::Nodes,
+    _coherent_dmirror: KVec<Pin<KBox<dmirror::Node>>>,
     #[pin]
     _gpu0: Instance,
     #[pin]
@@ -102,7 +122,13 @@ impl kernel::InPlaceModule for DummyGpu {
                 0
             };
             let flush_us = module_parameters::flush_us.value();
-            let gpu = |name| Gpu::new(name, &root, vram_size, Tlb::new(flush_us)?);
+            let gpu = |name| {
+                let vram = match vram_size {
+                    0 => None,
+                    size => Some(Vram::new(name, size)?),
+                };
+                Gpu::new(name, &root, vram, Tlb::new(flush_us)?)
+            };
             let gpu0 = gpu(c"dummy_gpu0")?;
             let gpu1 = gpu(c"dummy_gpu1")?;
             let others = (module_parameters::devices.value() as usize)
@@ -114,12 +140,32 @@ impl kernel::InPlaceModule for DummyGpu {
                 let instance = KBox::pin_init(Instance::new(name, gpu(name)?), GFP_KERNEL)?;
                 instances.push(instance, GFP_KERNEL)?;
             }
+            let starts = [
+                module_parameters::coherent0.value(),
+                module_parameters::coherent1.value(),
+            ];
+            let size = module_parameters::coherent_mb.value() as usize * SZ_1M;
+            let mut nodes = KVec::new();
+            for ((name, node), &start) in COHERENT.into_iter().zip(&starts) {
+                if start == 0 {
+                    continue;
+                }
+                let vram = Vram::coherent(name, start, size)?;
+                let gpu = Gpu::new(name, &root, Some(vram), Tlb::new(flush_us)?)?;
+                nodes.push(
+                    KBox::pin_init(dmirror::Node::new(node, gpu.clone()), GFP_KERNEL)?,
+                    GFP_KERNEL,
+                )?;
+                let instance = KBox::pin_init(Instance::new(name, gpu), GFP_KERNEL)?;
+                instances.push(instance, GFP_KERNEL)?;
+            }
 
             Ok(try_pin_init!(Self {
                 _gpu0 <- Instance::new(c"dummy_gpu0", gpu0.clone()),
                 _gpu1 <- Instance::new(c"dummy_gpu1", gpu1.clone()),
                 _others: instances,
                 _dmirror <- dmirror::Nodes::new(gpu0, gpu1),
+                _coherent_dmirror: nodes,
             }? Error))
         })
     }

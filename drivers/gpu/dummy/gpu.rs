@@ -61,29 +61,24 @@ pub(crate) struct Gpu {
 }
 
 impl Gpu {
-    /// Creates a GPU with `vram_size` bytes of memory, and a directory for it in the debugfs
-    /// directory `root`.
+    /// Creates a GPU with `vram`, if any, and a directory for it in the debugfs directory `root`.
     ///
     /// `tlb` is for a GPU whose flushes take some time.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if `vram_size` is too large, [`ENOMEM`].
+    /// [`ENOMEM`].
     pub(crate) fn new(
         name: &'static CStr,
         root: &debugfs::Dir,
-        vram_size: usize,
+        vram: Option<Vram>,
         tlb: Option<Tlb>,
     ) -> Result<Arc<Self>> {
-        let vram = match vram_size {
-            0 => None,
-            size => Some(Arc::new(Vram::new(name, size)?, GFP_KERNEL)?),
-        };
         let gpu = Self {
             workers: Arc::new(Workers::new()?, GFP_KERNEL)?,
             counters: Arc::new(Counters::new(), GFP_KERNEL)?,
             dir: InstanceDir::new(root, name),
-            vram,
+            vram: vram.map(|vram| Arc::new(vram, GFP_KERNEL)).transpose()?,
             tlb: tlb.map(|tlb| Arc::new(tlb, GFP_KERNEL)).transpose()?,
             power: Power::new()?,
         };

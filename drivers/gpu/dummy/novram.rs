@@ -46,6 +46,10 @@ impl Vram {
         Err(ENODEV)
     }
 
+    pub(crate) fn coherent(_name: &'static CStr, _start: u64, _size: usize) -> Result<Self> {
+        Err(ENODEV)
+    }
+
     pub(crate) fn size(&self) -> usize {
         match *self {}
     }

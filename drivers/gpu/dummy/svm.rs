@@ -375,7 +375,12 @@ impl Svm {
 
     /// Without support for device memory, mm makes no page exclusive to a device.
     #[cfg(not(CONFIG_RUST_HMM_DEVICE))]
-    fn make_exclusive(&self, _va: usize, _bufs: &mut FaultBuffers) -> Result {
+    fn make_exclusive_in(
+        &self,
+        _mm: &MirroredMm<'_>,
+        _va: usize,
+        _bufs: &mut FaultBuffers,
+    ) -> Result {
         Err(EOPNOTSUPP)
     }
 
@@ -385,8 +390,7 @@ impl Svm {
     ///
     /// Those of [`MirroredMm::make_exclusive`].
     #[cfg(CONFIG_RUST_HMM_DEVICE)]
-    pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
-        let mm = self.mirror.mm()?;
+    fn make_exclusive_in(&self, mm: &MirroredMm<'_>, va: usize, bufs: &mut FaultBuffers) -> Result {
         let spare = mm.charge(SpareTable::new)?;
 
         let result = mm.make_exclusive(va, &mut bufs.faults, |page| {
@@ -428,7 +432,7 @@ impl Svm {
         let stats = self.stats();
         stats.add(Counter::Faults, 1);
         if fault.atomic {
-            self.make_exclusive(fault.va, bufs)?;
+            self.make_exclusive_in(&mm, fault.va, bufs)?;
             stats.add(Counter::FaultBatches, 1);
             return Ok(fault.va + fault.len);
         }
@@ -457,6 +461,11 @@ impl Svm {
 /// Methods for the nodes of the HMM test driver.
 #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
 impl Svm {
+    /// Whether the CPU reaches the GPU's memory.
+    pub(crate) fn has_coherent_memory(&self) -> bool {
+        self.vram.as_ref().is_some_and(|vram| vram.is_coherent())
+    }
+
     /// Faults all pages of `range`, one window at a time.
     ///
     /// # Errors
@@ -531,6 +540,15 @@ impl Svm {
             .and_then(|()| self.mirror.read(va, bytes));
 
         copied.map_err(|_| ENOENT)
+    }
+
+    /// Makes the page of `va` exclusive to the GPU and maps it for atomic operations.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MirroredMm::make_exclusive`].
+    pub(crate) fn make_exclusive(&self, va: usize, bufs: &mut FaultBuffers) -> Result {
+        self.make_exclusive_in(&self.mirror.mm()?, va, bufs)
     }
 
     /// Whether any page of `range` is exclusive to the GPU.

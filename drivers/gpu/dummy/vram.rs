@@ -8,6 +8,8 @@
 //! other accesses. A real GPU guarantees less: an aligned word is not torn, and a write changes no
 //! other byte.
 //!
+//! Or it is memory that the CPU reaches too, as GPUs have that are attached by a coherent link.
+//!
 //! `hmm` decides who may access which page, and when. The `zone_device_data` of a page in use
 //! points to the statistics of the file that migrated the page.
 
@@ -25,6 +27,7 @@ use super::{
 use core::ops::Range;
 use hmm::{
     Access,
+    CoherentMemory,
     CopyBatch,
     CopyOp,
     CpuAccess,
@@ -41,6 +44,10 @@ use hmm::{
     PoolOps, //
 };
 use kernel::{
+    io::resource::{
+        iomem,
+        Flags, //
+    },
     module::this_module,
     new_spinlock,
     page::PAGE_SIZE,
@@ -49,6 +56,7 @@ use kernel::{
         SZ_1G,
         SZ_64K, //
     },
+    str::CString,
     sync::{
         atomic::{
             Atomic,
@@ -93,6 +101,8 @@ pub(crate) type MoveBuf = MigrateBuf;
 pub(crate) struct Vram {
     pool: DevicePool<VramBuf>,
     size: usize,
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    is_coherent: bool,
     /// Whether the engine that copies has failed.
     failed: Arc<Atomic<bool>>,
 }
@@ -117,8 +127,46 @@ impl Vram {
         Ok(Self {
             pool: DevicePool::new(module, name, buf, engine, CHUNK_PAGES, chunks)?,
             size,
+            #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+            is_coherent: false,
             failed,
         })
+    }
+
+    /// Takes the `size` bytes at the physical address `start`, which CPUs can use like system
+    /// memory.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`] if somebody else has them, and those of [`DevicePool::new_coherent`].
+    pub(crate) fn coherent(name: &'static CStr, start: u64, size: usize) -> Result<Self> {
+        let region = iomem()
+            .request_region(
+                start,
+                size as u64,
+                CString::try_from(name)?,
+                Flags::IORESOURCE_MEM,
+            )
+            .ok_or(EBUSY)?;
+        // Whoever has given the address to the module has set memory aside there.
+        let memory = CoherentMemory::assume_coherent(region);
+        let buf = Arc::new(VramBuf::new(0)?, GFP_KERNEL)?;
+        let failed = buf.failed.clone();
+        let module = this_module::<crate::LocalModule>();
+
+        Ok(Self {
+            pool: DevicePool::new_coherent(module, name, buf, Engine::Cpu, memory)?,
+            size,
+            #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+            is_coherent: true,
+            failed,
+        })
+    }
+
+    /// Whether the CPU reaches the memory.
+    #[cfg(CONFIG_DUMMY_GPU_DMIRROR)]
+    pub(crate) fn is_coherent(&self) -> bool {
+        self.is_coherent
     }
 
     /// The size in bytes.
@@ -246,7 +294,7 @@ fn page_data(stats: &Arc<FileStats>, pages: usize) -> Result<Arc<FileStats>> {
     Ok(stats.clone())
 }
 
-/// The bytes of the memory, in blocks.
+/// The bytes of the memory, in blocks. There are none if it is coherent.
 ///
 /// Lock order: the lock of a block is the innermost lock. No other lock is taken and nothing is
 /// allocated while it is held.
@@ -307,6 +355,12 @@ impl PoolOps for VramBuf {
     type PageData = Arc<FileStats>;
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
+        if self.blocks.is_empty() {
+            return match self.failed.load(Relaxed) {
+                true => Err(ENODEV),
+                false => batch.copy_by_cpu(),
+            };
+        }
         for op in batch {
             if self.failed.load(Relaxed) {
                 return Err(ENODEV);

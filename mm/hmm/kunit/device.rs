@@ -4,6 +4,7 @@
 
 use super::{
     super::{
+        coherent::CoherentMemory,
         copy::{
             CopyBatch,
             CopyOp, //
@@ -96,6 +97,8 @@ impl Tally for Arc<Counted> {
 pub(super) struct TestDevice<D> {
     #[pin]
     memory: SpinLock<KVVec<u8>>,
+    /// Whether the memory is coherent, and the CPU copies.
+    pub(super) by_cpu: Atomic<bool>,
     /// The number of operations.
     pub(super) ops: Atomic<usize>,
     /// The largest batch that is copied, in pages. A larger batch fails after that many pages.
@@ -129,9 +132,32 @@ impl<D: Tally> TestDevice<D> {
         chunks: usize,
     ) -> Result<(Arc<Self>, DevicePool<Self>)> {
         let memory = KVVec::from_elem(OLD, chunks * CHUNK * PAGE_SIZE, GFP_KERNEL)?;
-        let device = Arc::pin_init(
+        let device = Self::with(memory, false)?;
+        let (ops, cpu) = (device.clone(), device.clone());
+        let pool = DevicePool::new(
+            module,
+            c"hmm_kunit",
+            ops,
+            Engine::Software(cpu),
+            CHUNK,
+            chunks,
+        )?;
+        Ok((device, pool))
+    }
+
+    /// A device with this memory, which the CPU reaches, and its pool.
+    pub(super) fn coherent(memory: CoherentMemory) -> Result<(Arc<Self>, DevicePool<Self>)> {
+        let device = Self::with(KVVec::new(), true)?;
+        let (ops, engine) = (device.clone(), Engine::Cpu);
+        let pool = DevicePool::new_coherent(&MODULE, c"hmm_kunit", ops, engine, memory)?;
+        Ok((device, pool))
+    }
+
+    fn with(memory: KVVec<u8>, by_cpu: bool) -> Result<Arc<Self>> {
+        Arc::pin_init(
             pin_init!(Self {
                 memory <- new_spinlock!(memory),
+                by_cpu: Atomic::new(by_cpu),
                 ops: Atomic::new(0),
                 most: Atomic::new(usize::MAX),
                 says: Atomic::new(EIO.to_errno()),
@@ -145,17 +171,7 @@ impl<D: Tally> TestDevice<D> {
                 _data: PhantomData,
             }),
             GFP_KERNEL,
-        )?;
-        let (ops, cpu) = (device.clone(), device.clone());
-        let pool = DevicePool::new(
-            module,
-            c"hmm_kunit",
-            ops,
-            Engine::Software(cpu),
-            CHUNK,
-            chunks,
-        )?;
-        Ok((device, pool))
+        )
     }
 
     pub(super) fn home(&self, reason: MigrateReason) -> u64 {
@@ -168,6 +184,12 @@ impl<D: Tally> PoolOps for TestDevice<D> {
 
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result {
         let mut left = self.most.load(Relaxed);
+        if self.by_cpu.load(Relaxed) {
+            return match left {
+                0 => Err(Error::from_errno(self.says.load(Relaxed))),
+                _ => batch.copy_by_cpu(),
+            };
+        }
         let mut memory = self.memory.lock();
         for op in batch {
             self.ops.add(1, Relaxed);

@@ -534,13 +534,16 @@ TEST_F(dmirror_fork, device_and_cpu_write_in_turn)
 /* A page that two processes share migrates. */
 TEST_F(dmirror_fork, pages_move_between_writes)
 {
+	/* What CPUs and all devices reach stays with the device that has it. */
+	int stays = coherent() && variant->childs_node ? -ENOENT : 0;
+
 	FORKS_FIRST();
 	ASSERT_EQ(0, TO_ALL_OF(CHILD, TO_SYSTEM));
 	EXPECT_STEP();
 	ASSERT_EQ(0, TO_ALL_OF(PARENT, TO_DEVICE));
 	EXPECT_STEP();
 	WRITES_SOME(CHILD, DEVICE_WRITE, 0, 2);
-	ASSERT_EQ(0, TO_ALL_OF(CHILD, TO_DEVICE));
+	ASSERT_EQ(stays, TO_ALL_OF(CHILD, TO_DEVICE));
 	ASSERT_EQ(0, TO_ALL_OF(PARENT, TO_SYSTEM));
 	EXPECT_STEP();
 	DEVICE_WRITES(PARENT);

@@ -157,9 +157,11 @@ static bool exclusive(struct thread *t)
 
 static bool snapshot(struct thread *t)
 {
+	const uint8_t device = coherent() ? HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL |
+					    HMM_DMIRROR_PROT_DEV_COHERENT_REMOTE :
+					    HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL;
 	const uint8_t known = HMM_DMIRROR_PROT_READ | HMM_DMIRROR_PROT_WRITE |
-			      HMM_DMIRROR_PROT_PMD | HMM_DMIRROR_PROT_ZERO |
-			      HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL;
+			      HMM_DMIRROR_PROT_PMD | HMM_DMIRROR_PROT_ZERO | device;
 
 	if (command(t, HMM_DMIRROR_SNAPSHOT, 0, PAGES))
 		return false;

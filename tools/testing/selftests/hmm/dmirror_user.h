@@ -16,7 +16,8 @@ static inline int dmirror_open(unsigned int node)
 {
 	char path[40];
 
-	snprintf(path, sizeof(path), "/dev/hmm_dmirror%u", node);
+	/* The nodes of coherent memory come after the others. */
+	snprintf(path, sizeof(path), "/dev/hmm_dmirror%u", node + (coherent() ? NODES : 0));
 	return gpu_open(path);
 }
 
@@ -50,7 +51,8 @@ static inline int dmirror(int fd, unsigned long request, const void *p, size_t p
 /* Whether a snapshot reports the page in the memory of the same node. */
 static inline bool dmirror_is_local(uint8_t seen)
 {
-	return (seen & 0xf0) == HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL;
+	return (seen & 0xf0) == (coherent() ? HMM_DMIRROR_PROT_DEV_COHERENT_LOCAL :
+					      HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL);
 }
 
 /* Whether the kernel has warned (W), oopsed (D), seen a bad page (B) or a lockup (L). */

@@ -28,10 +28,32 @@
 
 static size_t page;
 
+/*
+ * DUMMY_GPU_COHERENT has the tests run on the instances whose memory the CPU
+ * reaches: "coherent0=ADDRESS;coherent1=ADDRESS", as the module got it.
+ */
+static inline const char *coherent(void)
+{
+	return getenv("DUMMY_GPU_COHERENT");
+}
+
+/* What the names of the instances, and of their directories, begin with. */
+static inline const char *instance_prefix(void)
+{
+	return coherent() ? "dummy_gpu_coherent" : "dummy_gpu";
+}
+
 static inline int gpu_open(const char *path)
 {
-	int fd = open(path, O_RDWR | O_CLOEXEC);
+	static const char usual[] = "/dev/dummy_gpu";
+	char name[40];
+	int fd;
 
+	if (!strncmp(path, usual, strlen(usual))) {
+		snprintf(name, sizeof(name), "/dev/%s%s", instance_prefix(), path + strlen(usual));
+		path = name;
+	}
+	fd = open(path, O_RDWR | O_CLOEXEC);
 	return fd < 0 ? -errno : fd;
 }
 
@@ -418,7 +440,8 @@ static inline int64_t instance_counter(unsigned int n, const char *name)
 {
 	char path[60];
 
-	snprintf(path, sizeof(path), "/sys/kernel/debug/dummy_gpu/dummy_gpu%u/stats", n);
+	snprintf(path, sizeof(path), "/sys/kernel/debug/dummy_gpu/%s%u/stats",
+		 instance_prefix(), n);
 	return number_of(path, name);
 }
 
