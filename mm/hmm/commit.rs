@@ -34,8 +34,8 @@ pub struct Commit<'c> {
 #[non_exhaustive]
 pub enum Entry<'c> {
     /// No page is mapped for the device. A fault may map one or fail. Swapped-out pages, poisoned
-    /// pages, guard pages, pages of other devices and pages that are exclusive to a device are
-    /// reported like this, too. So a hole is no reason to remove a translation: only
+    /// pages, guard pages, private pages of other devices and pages that are exclusive to a device
+    /// are reported like this, too. So a hole is no reason to remove a translation: only
     /// [`MirrorOps::invalidate`](super::MirrorOps::invalidate) is.
     Hole,
     /// Nothing is accessible, and a fault would fail: there is no VMA, no read permission, or no
@@ -106,8 +106,8 @@ impl ReadPage<'_> {
         self.is_zero
     }
 
-    /// Whether the page is in coherent memory of another device, where it stays until that device
-    /// or a CPU has it migrated.
+    /// Whether the page is in coherent memory of another device, where it stays until the driver of
+    /// that device, or mm for a copy, moves it.
     #[inline]
     pub fn is_remote(&self) -> bool {
         self.is_remote

@@ -271,13 +271,14 @@ impl<'a> CopyBatch<'a> {
     }
 
     /// Performs all operations that are left, with the CPU, for a pool that was made with
-    /// [`DevicePool::new_coherent`](super::DevicePool::new_coherent).
+    /// [`DevicePool::new_coherent`](super::DevicePool::new_coherent). It does not survive a memory
+    /// error of the device: do not call it once the device has reported one.
     ///
     /// # Errors
     ///
     /// [`EOPNOTSUPP`] if the CPU does not reach the device's memory.
     #[inline(never)]
-    #[export_name = "rust_hmm_copy_by_cpu"]
+    #[export_name = "rust_hmm_batch_copy_by_cpu"]
     pub fn copy_by_cpu(&mut self) -> Result {
         if self.memory.is_null() {
             return Err(EOPNOTSUPP);

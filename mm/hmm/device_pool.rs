@@ -73,7 +73,8 @@ unsafe extern "C" fn rust_hmm_init() {
 pub(crate) unsafe extern "C" fn rust_hmm_module_going(module: *mut bindings::module) {
     while let Some(pool) = unlist(|pool| core::ptr::eq(pool.module(), module)) {
         pr_warn!("{}: the driver has leaked its pool\n", pool.name());
-        drop(close(&pool));
+        close(&pool);
+        drop(pool.end());
     }
 }
 
@@ -82,7 +83,7 @@ pub(crate) unsafe extern "C" fn rust_hmm_module_going(module: *mut bindings::mod
 pub(crate) fn end_pools_of(dma: &Arc<Dma>) {
     let is_meant = |pool: &Pool| pool.dma().is_some_and(|own| Arc::ptr_eq(own, dma));
     while let Some(pool) = unlist(is_meant) {
-        drop(close(&pool));
+        close(&pool);
     }
 }
 
@@ -108,8 +109,8 @@ pub enum Engine {
 
 /// Memory of a device, as `struct page`s that anonymous memory can migrate to.
 ///
-/// A pool starts empty, and grows by chunks when pages migrate to it. When it is full, those pages
-/// are evicted that migrated to it first.
+/// A pool of private memory starts empty, and grows by chunks when pages migrate to it. When it is
+/// full, those pages are evicted that migrated to it first.
 ///
 /// Dropping a pool ends it: no more pages migrate to it, all pages in use are migrated back to
 /// system memory, and the struct pages are freed. The processes do not notice. The drop waits while
@@ -166,11 +167,18 @@ impl<T: PoolOps> DevicePool<T> {
     ///
     /// The device finds its own pages by their offset in `memory` as usual, and other devices find
     /// them at a DMA address, like system memory. [`PoolOps::copy`] may leave the work to
-    /// [`CopyBatch::copy_by_cpu`](super::CopyBatch::copy_by_cpu). [`Mirror::read`](super::Mirror)
-    /// and `write` reach the memory directly, whatever `engine` is.
+    /// [`CopyBatch::copy_by_cpu`](super::CopyBatch::copy_by_cpu), with any `engine`; a driver that
+    /// does so for all copies passes [`Engine::Cpu`]. [`Mirror::read`](super::Mirror::read) and
+    /// `write` reach the memory directly, whatever `engine` is.
     ///
-    /// A long-term pin by GUP migrates the page to system memory without a call of
-    /// [`PoolOps::copy`] or [`PoolOps::migrated_to_ram`].
+    /// A page that cannot be copied stays mapped where it is, without a SIGBUS. mm itself copies
+    /// pages to system memory for a long-term pin by GUP and for a write after fork(). The driver
+    /// hears of that by [`PoolOps::page_freed`] only:
+    /// [`MigrateReason::CpuFault`](super::MigrateReason::CpuFault) does not occur.
+    ///
+    /// The end of the pool waits for references to pages, which a process may hold for long:
+    /// vmsplice() does so for a page in a pipe. The kernel has the memory mapped until then, so it
+    /// must not be switched off before.
     ///
     /// # Context
     ///
@@ -220,8 +228,9 @@ impl<T: PoolOps> DevicePool<T> {
     /// Ends the pool, like dropping it, and returns the memory of a pool that was made with
     /// [`DevicePool::new_coherent`]. It may hold data of processes.
     ///
-    /// Returns `None` if a part of the memory is still in use, which is possible only for a device
-    /// that is lost or in a callback, and for other pools.
+    /// Returns `None` for other pools, and in a callback or closure that this crate runs. Also if a
+    /// part of the memory is still in use, which is possible only if the device is lost: the memory
+    /// is released with its last page then.
     #[inline]
     pub fn end(self) -> Option<CoherentMemory> {
         let mut this = ManuallyDrop::new(self);
@@ -241,8 +250,13 @@ impl<T: PoolOps> DevicePool<T> {
     /// freed the last of these pages, and nobody waits for that.
     ///
     /// Memory of [`DevicePool::new_coherent`] is taken away from the processes, and a CPU that
-    /// accesses it gets SIGBUS as for memory with errors (`BUS_MCEERR_AR`). A page to which
-    /// somebody has a reference for half a second stays, with a warning, and CPUs may access it.
+    /// accesses it gets SIGBUS as for memory with errors. [`MirrorOps::invalidate`] is called for
+    /// the pages, so `Flush::wait()` must return although the device does not answer. A page to
+    /// which somebody has a reference for half a second stays, with a warning, and CPUs may access
+    /// it.
+    ///
+    /// If [`PoolOps::copy`] fails with [`ENODEV`] for such memory, CPUs go on to access it until
+    /// this is called or the pool is dropped, so call this soon, from a work item.
     ///
     /// From then on [`MirroredMm::migrate_to_device`](super::MirroredMm::migrate_to_device) and
     /// [`DevicePool::evict`] fail with [`ENODEV`], and dropping the pool does not wait. Doing this
@@ -334,7 +348,7 @@ fn pool_new(
     }
     let listed = list(&pool, dma.as_ref());
     if listed.is_err() {
-        drop(pool.free_chunks());
+        pool.free_chunks();
     }
     listed.map(|()| pool)
 }
@@ -359,7 +373,7 @@ fn pool_evict(pool: &Arc<Pool>) -> Result {
 #[export_name = "rust_hmm_pool_lost"]
 fn pool_lost(pool: &Arc<Pool>) -> Result {
     Callback::refuse()?;
-    drop(Pool::give_up(pool, poison_all));
+    Pool::give_up(pool, poison_all);
     Ok(())
 }
 
@@ -374,9 +388,9 @@ fn pool_drop(pool: Arc<Pool>) -> Option<CoherentMemory> {
         );
         return None;
     }
-    let memory = close(&pool);
+    close(&pool);
     drop(unlist(|other| core::ptr::eq(other, &*pool)));
-    memory
+    pool.end()
 }
 
 #[inline(never)]

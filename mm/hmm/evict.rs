@@ -4,7 +4,6 @@
 //! and at the end of a pool.
 
 use super::{
-    coherent::CoherentMemory,
     copy::PageCopy,
     folio::Effort,
     migrate_vma::{
@@ -322,11 +321,11 @@ pub(crate) fn evict_all(pool: &Pool) -> Result {
 }
 
 /// Ends the pool: stops the allocation of pages, migrates those in use back to system memory, and
-/// frees the chunks. Returns coherent memory, if it is not in use any more.
+/// frees the chunks.
 ///
 /// This waits for as long as it takes, because the pages contain data of processes. If the device
 /// is lost, so is the data, and the chunks stay until the processes have freed the pages.
-pub(crate) fn close(pool: &Arc<Pool>) -> Option<CoherentMemory> {
+pub(crate) fn close(pool: &Arc<Pool>) {
     const REPORT: Delta = Delta::from_secs(10);
     const MAX_PAUSE: Delta = Delta::from_secs(1);
 
@@ -360,5 +359,5 @@ pub(crate) fn close(pool: &Arc<Pool>) -> Option<CoherentMemory> {
         fsleep(pause);
         pause = (pause * 2).min(MAX_PAUSE);
     }
-    pool.free_chunks()
+    pool.free_chunks();
 }

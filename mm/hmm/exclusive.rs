@@ -65,8 +65,8 @@ impl ExclusivePage<'_> {
     }
 
     /// Where the device finds the page, if the mirror was made with
-    /// [`Mirror::for_device`](super::Mirror::for_device). The page is in system memory, or in
-    /// coherent memory of this device or another.
+    /// [`Mirror::for_device`](super::Mirror::for_device) or with a pool for it. The page is in
+    /// system memory, or in coherent memory of this device or another.
     #[inline]
     pub fn location(&self) -> Option<Location> {
         let address = self.address?;

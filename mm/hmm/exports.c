@@ -82,8 +82,8 @@ EXPORT_SYMBOL_GPL(rust_hmm_ram_read);
 DECLARE_RUST(rust_hmm_new_write);
 EXPORT_SYMBOL_GPL(rust_hmm_new_write);
 
-DECLARE_RUST(rust_hmm_copy_by_cpu);
-EXPORT_SYMBOL_GPL(rust_hmm_copy_by_cpu);
+DECLARE_RUST(rust_hmm_batch_copy_by_cpu);
+EXPORT_SYMBOL_GPL(rust_hmm_batch_copy_by_cpu);
 
 /* device_pool.rs */
 

@@ -305,7 +305,8 @@ pub(crate) fn report(
 
 /// Completes the report of one page. Marks a page of the pool that has this `owner` as a page of
 /// the device, and the shared zero page and coherent memory of other devices as such. Returns an
-/// error instead of a page that the kernel cannot reach through the direct map.
+/// error instead of a page that the kernel cannot reach through the direct map, or whose memory is
+/// lost.
 ///
 /// # Safety
 ///
@@ -334,6 +335,8 @@ pub(crate) unsafe fn identify(pfn: HmmPfn, owner: *mut c_void) -> HmmPfn {
     let is_remote = unsafe { bindings::is_device_coherent_page(page) };
     match reachable {
         true if is_zero => pfn.with_zero(),
+        // SAFETY: As above.
+        true if is_remote && unsafe { Pool::is_lost_page(page) } => HmmPfn::ERROR,
         true if is_remote => pfn.with_remote(),
         true => pfn,
         false => HmmPfn::ERROR,

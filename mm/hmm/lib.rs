@@ -25,9 +25,9 @@
 //!   have 4 KiB, clipped to the region and the VMA. The driver calls again for the rest.
 //! - A **commit** ([`Commit`]) is what a successful fault passes to the driver: the entries of a
 //!   window, and the proof that no invalidation has collided with the fault.
-//! - A **pool** ([`DevicePool`]) is the memory of a device as device-private `struct page`s, which
-//!   the CPU cannot access. It starts empty and grows by **chunks**, each of which is one
-//!   `dev_pagemap`.
+//! - A **pool** ([`DevicePool`]) is the memory of a device as `struct page`s. Private memory, which
+//!   the CPU cannot access, starts empty and grows by **chunks**, each of which is one
+//!   `dev_pagemap`. [`CoherentMemory`], which the CPU can access, is one chunk.
 //!
 //! # The contract
 //!
@@ -50,10 +50,10 @@
 //!   made with [`Mirror::for_device`]. The core maps pages for it and unmaps them after the device
 //!   has stopped using them. [`Commit::spans`] gives the addresses.
 //! - The core tracks where each page is. [`MirroredMm::migrate_to_device`] migrates pages to the
-//!   memory of a [`DevicePool`]. They migrate back to system memory when the CPU touches them, or
-//!   when the pool is full and evicts them. A fault maps a page of the pool where it is. The driver
-//!   copies when the core asks for it ([`PoolOps::copy`]). If anything fails, the page stays where
-//!   it was, with its contents.
+//!   memory of a [`DevicePool`]. They migrate back to system memory when the CPU touches them in
+//!   private memory, or when the pool is full and evicts them. A fault maps a page of the pool
+//!   where it is. The driver copies when the core asks for it ([`PoolOps::copy`]). If anything
+//!   fails, the page stays where it was, with its contents.
 //! - Units are bytes for addresses and lengths, and pages for counts; an `order` stands for
 //!   2^`order` pages. A [`PageRange`] is page-aligned, not empty and does not wrap.
 //!

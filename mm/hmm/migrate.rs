@@ -235,9 +235,9 @@ impl MirroredMm<'_> {
     /// driver with a policy for each range makes sure that the range contains these 2 MiB. The
     /// result does not say which other pages have migrated, but counts them.
     ///
-    /// If `buf` is smaller than [`MigrateBuf::MAX_ORDER`], only `need` migrates, and a large folio
-    /// is split for it. A folio is also split if the pool can make no block for it, or if an
-    /// invalidation collides while the core looks at the pages.
+    /// If `buf` is smaller than [`MigrateBuf::MAX_ORDER`], or the pool has coherent memory, only
+    /// `need` migrates, and a large folio is split for it. A folio is also split if the pool can
+    /// make no block for it, or if an invalidation collides while the core looks at the pages.
     ///
     /// # Context and errors
     ///
@@ -256,8 +256,8 @@ impl MirroredMm<'_> {
 
     /// Migrates the pages of `range` that are in the memory of the device back to system memory.
     ///
-    /// Pages in memory that may not be read do not migrate. The CPU migrates them when it accesses
-    /// them after the memory has become readable again.
+    /// Pages in memory that may not be read do not migrate. The CPU migrates them, if they are
+    /// private, when it accesses them after the memory has become readable again.
     ///
     /// One call serves one window, as for [`MirroredMm::migrate_to_device`]. A large folio moves as
     /// one, if it can be allocated in system memory.

@@ -239,14 +239,18 @@ impl Locked<'_> {
             .map(|dma| unsafe { MappedCopies::new(dma, copies, pfn) })
             .transpose()?;
         let copies = &*copies;
+        // If there are pages to copy, they are locked, so the pool has not ended.
+        let memory = match copies.is_empty() {
+            true => null_mut(),
+            false => self.pool.cpu_address(),
+        };
         let written = Cell::new(0);
         // SAFETY: The pages of system memory are either locked, unmapped and referenced by mm
         // alone, or new. So nobody else accesses them, and they are not freed before `self` is
         // dropped. Each page is in `copies` once. Each copy from the device has a page of system
-        // memory. `cpu_address()` is the address of the pool's memory, whose pages of `copies` are
-        // locked and unmapped, or new, as well.
-        let mut batch =
-            unsafe { CopyBatch::new(copies, to_device, &written, self.pool.cpu_address()) };
+        // memory. `memory` is the address of the pool's memory, whose pages of `copies` are locked
+        // and unmapped, or new, as well.
+        let mut batch = unsafe { CopyBatch::new(copies, to_device, &written, memory) };
         if !copies.is_empty() {
             let _callback = Callback::begin();
             driver.copy(&mut batch)?;
@@ -604,8 +608,8 @@ impl<'a> Collected<'a, ToRam> {
     /// Poisons the pages, whose contents are lost, in all processes, and frees them.
     pub(crate) fn poison(self) {
         let Locked { arrays, pages, .. } = &self.0;
-        // SAFETY: The type invariants say that migrate_device_pfns() has set `src`, since only it
-        // finds pages of a pool whose device is lost, and a coherent pool has no large folios.
+        // SAFETY: The type invariants say that migrate_device_pfns() or migrate_vma_setup() has set
+        // `src`, both of which leave migration entries in the place of the pages.
         unsafe { bindings::migrate_device_poison(arrays.src.as_ptr().cast_mut(), *pages) };
     }
 

@@ -27,6 +27,15 @@ impl Pool {
         false
     }
 
+    /// Whether `page` belongs to a pool whose device is lost. Always false.
+    ///
+    /// # Safety
+    ///
+    /// Always safe to call. It is unsafe only because its counterpart in `pool.rs` is.
+    pub(crate) unsafe fn is_lost_page(_page: *mut bindings::page) -> bool {
+        false
+    }
+
     /// Never called, since no page belongs to a pool.
     ///
     /// # Safety

@@ -93,9 +93,15 @@ pub(crate) struct Pool {
     chunk_pages: usize,
     /// The physical address of coherent memory, in bytes.
     coherent: Option<usize>,
-    /// The coherent memory, until the chunk is removed.
+    /// The coherent memory, until the [`DevicePool`](super::DevicePool) has ended and there is no
+    /// chunk.
     #[pin]
     memory: Mutex<Option<CoherentMemory>>,
+    /// Held while the driver is given up.
+    #[pin]
+    giving_up: Mutex<()>,
+    /// Whether the `DevicePool` has ended, and nobody will ask for the memory.
+    ended: Atomic<bool>,
     /// The chunks. They are removed only when the pool ends.
     #[pin]
     chunks: Mutex<KVec<Pin<KBox<Chunk>>>>,
@@ -119,7 +125,10 @@ impl WorkItem for Pool {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        drop(this.free_chunks());
+        this.free_chunks();
+        if this.ended.load(Relaxed) {
+            drop(this.memory.lock().take());
+        }
     }
 }
 
@@ -210,6 +219,14 @@ impl Drop for MemRegion {
     }
 }
 
+/// The ops of coherent memory, on which no CPU faults, and whose folios are all small.
+static COHERENT_OPS: bindings::dev_pagemap_ops = bindings::dev_pagemap_ops {
+    folio_free: Some(folio_free),
+    migrate_to_ram: None,
+    memory_failure: None,
+    folio_split: None,
+};
+
 /// Where the memory of a pool is for the CPU.
 pub(crate) enum Space {
     /// Nowhere: each of up to `max_chunks` chunks reserves a range of free physical addresses.
@@ -267,7 +284,16 @@ impl Chunk {
             end: (start + len) as u64 - 1,
         };
         let pfns = (start >> PAGE_SHIFT..).take(pool.chunk_pages);
-        let (owner, ops, type_) = (pool.as_owner(), pool.pagemap_ops, pool.memory_type());
+        let ops = match pool.is_coherent() {
+            true => &COHERENT_OPS,
+            false => pool.pagemap_ops,
+        };
+        let (owner, type_) = (pool.as_owner(), pool.memory_type());
+        let nid = match pool.is_coherent() {
+            // SAFETY: Always safe to call.
+            true => unsafe { bindings::phys_to_target_node(range.start) },
+            false => bindings::NUMA_NO_NODE,
+        };
         KBox::pin_init(
             try_pin_init!(Self {
                 start,
@@ -294,7 +320,7 @@ impl Chunk {
                     // `memremap_pages()` needs for this type are set. The range is reserved, by
                     // `region` or the `memory` of the pool, so nothing else uses it.
                     from_err_ptr(unsafe {
-                        bindings::memremap_pages(slot, bindings::NUMA_NO_NODE)
+                        bindings::memremap_pages(slot, nid)
                     })?;
                     for pfn in pfns {
                         // SAFETY: `memremap_pages()` has made a `struct page` for the pfn, which
@@ -530,6 +556,8 @@ impl Pool {
             chunk_pages,
             coherent,
             memory <- new_mutex!(memory, "hmm_memory"),
+            giving_up <- new_mutex!((), "hmm_giving_up"),
+            ended: Atomic::new(false),
             chunks <- new_mutex!(KVec::new(), "hmm_chunks"),
             slots <- new_spinlock_irq!(slots, "hmm_slots"),
             pagemap_ops,
@@ -643,16 +671,16 @@ impl Pool {
     }
 
     /// Gives up the driver of a lost device: waits for its callbacks, and gives the data of all
-    /// pages back. The chunks stay until the last page is free. Returns coherent memory, if that
-    /// was so already. Sleeps.
+    /// pages back. The chunks stay until the last page is free. Sleeps.
     ///
     /// `poison` takes the pages of coherent memory away from the processes.
-    pub(crate) fn give_up(this: &Arc<Self>, poison: fn(&Self)) -> Option<CoherentMemory> {
+    pub(crate) fn give_up(this: &Arc<Self>, poison: fn(&Self)) {
         this.set_lost();
+        let _giving_up = this.giving_up.lock();
         let calls = this.calls.write();
         let driver = this.ops.try_access().map(|driver| (*driver).clone());
         // Another task may have done it.
-        let driver = driver?;
+        let Some(driver) = driver else { return };
         // This waits for the callbacks that do not sleep.
         this.ops.revoke();
         // Nobody sets data of new pages any more.
@@ -685,9 +713,8 @@ impl Pool {
         slots.orphan();
         let idle = slots.is_idle();
         drop(slots);
-        match idle {
-            true => this.free_chunks(),
-            false => None,
+        if idle {
+            this.free_chunks();
         }
     }
 
@@ -719,15 +746,26 @@ impl Pool {
         self.slots.lock().close();
     }
 
-    /// Removes all chunks, and returns the memory of a coherent pool. No page may be in use.
-    /// Sleeps.
-    pub(crate) fn free_chunks(&self) -> Option<CoherentMemory> {
+    /// Removes all chunks. No page may be in use. Sleeps.
+    pub(crate) fn free_chunks(&self) {
         // Drop the chunks with the lock held, so that another task that ends the pool at the same
         // time (when its module is unloaded, for example) does not return before the chunks are
         // gone.
         let mut chunks = self.chunks.lock();
         *chunks = KVec::new();
-        self.memory.lock().take()
+    }
+
+    /// Ends the [`DevicePool`](super::DevicePool). Returns coherent memory, or has it released when
+    /// the last chunk goes, if there is one.
+    pub(crate) fn end(&self) -> Option<CoherentMemory> {
+        self.ended.store(true, Relaxed);
+        // With the lock held, so that `run()` does not remove the chunks after they were seen, and
+        // before it could see that the pool has ended.
+        let chunks = self.chunks.lock();
+        match chunks.is_empty() {
+            true => self.memory.lock().take(),
+            false => None,
+        }
     }
 
     /// Fills `pfns` with the pfns of the oldest folios in use, makes these the youngest, and
@@ -785,6 +823,19 @@ impl Pool {
         unsafe { (*bindings::page_pgmap(page)).owner == owner }
     }
 
+    /// Whether `page`, which is coherent memory, belongs to a pool whose device is lost.
+    ///
+    /// # Safety
+    ///
+    /// `page` must be valid and must not be freed meanwhile.
+    pub(crate) unsafe fn is_lost_page(page: *mut bindings::page) -> bool {
+        // SAFETY: The page is one of a device and is not freed meanwhile (see the # Safety
+        // section), so its pagemap is valid.
+        let is_own = unsafe { core::ptr::eq((*bindings::page_pgmap(page)).ops, &COHERENT_OPS) };
+        // SAFETY: These ops are those of chunks of coherent pools.
+        is_own && unsafe { pool_of(page) }.is_lost()
+    }
+
     /// The address of `page` in the device's memory, in bytes from its start.
     ///
     /// # Safety
@@ -808,11 +859,14 @@ impl Pool {
         // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
         if pool.is_coherent() {
+            if pool.is_lost() {
+                return false;
+            }
             // SAFETY: The CPU reaches the page, which is not freed meanwhile, and the bytes lie in
             // it (see the # Safety section). C code copies them, so a concurrent access by the
             // process can only mix old and new bytes.
             unsafe { bindings::memcpy_from_page(buf.as_mut_ptr().cast(), page, offset, buf.len()) };
-            return !pool.is_lost();
+            return true;
         }
         pool.access(|cpu| cpu.read(address + offset, buf))
     }
@@ -828,9 +882,12 @@ impl Pool {
         // section).
         let (pool, address) = unsafe { (pool_of(page), address_of(page)) };
         if pool.is_coherent() {
+            if pool.is_lost() {
+                return false;
+            }
             // SAFETY: As in `Pool::read()`.
             unsafe { bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len()) };
-            return !pool.is_lost();
+            return true;
         }
         pool.access(|cpu| cpu.write(address + offset, buf))
     }
@@ -882,7 +939,7 @@ impl Pool {
     pub(crate) fn add_coherent(this: &Arc<Self>) -> Result {
         let added = Self::add_chunk(this, &mut this.chunks.lock(), 0);
         if added.is_err() {
-            drop(this.free_chunks());
+            this.free_chunks();
         }
         added
     }
@@ -1025,7 +1082,7 @@ unsafe fn new_folio(pfn: usize, order: Order, data: RawData) -> NewFolio {
     unsafe {
         bindings::zone_device_folio_init(page.cast(), bindings::page_pgmap(page), order.get());
     };
-    // SAFETY: The folio is device-private, and nobody else uses its data.
+    // SAFETY: The folio is of a chunk, and nobody else uses its data.
     unsafe { set_data(page, data.into_raw()) };
     // SAFETY: `zone_device_folio_init()` has made a locked folio of this order, with one reference,
     // which is not mapped.

@@ -176,6 +176,8 @@ pub trait PoolOps: Send + Sync + 'static {
     /// - [`ENODEV`] says that the device is lost: this is not called again, and what is said of
     ///   [`DevicePool::lost`](super::DevicePool::lost) holds from then on.
     ///
+    /// For coherent memory no CPU waits, and [`ENODEV`] ends only copies and migrations.
+    ///
     /// Do not return [`ENOMEM`]: an eviction takes it for a lack of system memory, and ends.
     fn copy(&self, batch: &mut CopyBatch<'_>) -> Result;
 

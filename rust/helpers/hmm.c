@@ -252,6 +252,11 @@ __rust_helper bool rust_helper_is_device_private_page(const struct page *page)
 	return is_device_private_page(page);
 }
 
+__rust_helper int rust_helper_phys_to_target_node(u64 start)
+{
+	return phys_to_target_node(start);
+}
+
 __rust_helper bool rust_helper_is_device_coherent_page(const struct page *page)
 {
 	return is_device_coherent_page(page);

@@ -24,7 +24,8 @@ RST = "Documentation/mm/hmm-rust.rst"
 CONFIG = ("CONFIG_RUST_HMM=y", "CONFIG_RUST_HMM_DEVICE=y", "CONFIG_DEVICE_PRIVATE=y", "CONFIG_DUMMY_GPU=m",
           "CONFIG_SAMPLE_RUST_DRIVER_HMM=m")
 TYPES = {"mirror": "Mirror", "mm": "MirroredMm", "pool": "DevicePool", "binding": "DmaBinding",
-         "device": "DmaDevice", "ram": "RamPages", "new": "NewMemory"}     # of rust_hmm_<this>_<method>
+         "device": "DmaDevice", "ram": "RamPages", "new": "NewMemory",
+         "batch": "CopyBatch"}     # of rust_hmm_<this>_<method>
 
 
 def listed(name, reasons=True):

@@ -215,7 +215,7 @@ def maintainers(src, changes):
 
 # What a maintainer can be asked to read: lines of code in a patch, without comments and tests; patches of the
 # core; lines of earlier patches that later ones write anew, in all.
-MAX_LINES, MAX_CORE, MAX_REWRITTEN = 600, 15, 520
+MAX_LINES, MAX_CORE, MAX_REWRITTEN = 600, 15, 530
 CORE = "core", "device-memory"
 
 # What wants huge pages, and so no kernel of UML has; `make x86` builds it.

@@ -13,6 +13,8 @@
 //! - Only the process that opened a node may use it.
 //! - Migrated pages stay in the GPU's memory when the node is closed.
 //! - A migration moves nothing if a snapshot shows that a part of the range cannot be read.
+//! - The flag to fail an allocation has no effect on a huge page that migrates to coherent memory,
+//!   where there are no huge pages: its pages always migrate one by one.
 //!
 //! As in the test driver, READ and WRITE do not migrate pages to or from the GPU's memory.
 //!

@@ -34,6 +34,7 @@ use super::{
     MODULE, //
 };
 use kernel::{
+    bindings,
     io::resource::{
         iomem,
         Flags,
@@ -44,12 +45,19 @@ use kernel::{
         Prot,
         UserMm, //
     },
-    page::PAGE_SIZE,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
     prelude::*,
     str::CString,
     sync::{
         atomic::Relaxed,
         Arc, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
 
@@ -131,6 +139,30 @@ fn look(mirror: &Mirror, va: usize) -> Result<Option<(bool, bool)>> {
         };
     })?;
     Ok(seen)
+}
+
+/// A reference to a page, as direct I/O has one.
+struct Held(*mut bindings::folio);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: `hold_one()` has taken the reference.
+        unsafe { bindings::folio_put(self.0) };
+    }
+}
+
+/// Takes a reference to the first page in use of the memory at `start`.
+fn hold_one(start: u64) -> Result<Held> {
+    (start as usize >> PAGE_SHIFT..)
+        .take(CHUNK)
+        .map(|pfn| {
+            // SAFETY: A pool has made a `struct page` for each page of the memory.
+            unsafe { bindings::pfn_to_page(pfn) }.cast()
+        })
+        // SAFETY: As above.
+        .find(|folio| unsafe { bindings::folio_try_get(*folio) })
+        .map(Held)
+        .ok_or(ENOENT)
 }
 
 const OWN: Option<(bool, bool)> = Some((true, false));
@@ -349,12 +381,50 @@ mod tests {
             }
             assert_eq!(setup.device.freed.load(Relaxed), PAGES as u64 / 2);
             assert_eq!(setup.migrate(setup.range), Err(ENODEV));
-            // Nobody has the memory any more.
+            // Nobody has the memory any more, but the driver.
             assert_eq!(setup.pool.pool().chunks(), 0);
+            assert_eq!(region(start, PAGE_SIZE).err(), Some(EBUSY));
+            assert!(setup.pool.end().is_some());
             drop(region(start, SIZE)?);
             // The addresses can be used again.
             mm.munmap(there.start(), there.len())?;
             Ok(())
+        })
+    }
+
+    #[test]
+    fn a_page_that_somebody_holds_stays() -> Result {
+        let Some(start) = memory() else { return Ok(()) };
+        with_user_mm(|mm| {
+            let setup = Setup::new(mm, start, PAGES)?;
+            assert_eq!(setup.migrate(setup.range), Ok(PAGES));
+            let held = hold_one(start)?;
+            assert_eq!(setup.pool.evict(), Err(EBUSY));
+            assert_eq!(setup.pool.pool().used_pages(), 1);
+            setup.expect_bytes();
+
+            // When the memory is lost, the device and others do not get the page any more.
+            setup.pool.lost()?;
+            assert_eq!(setup.pool.pool().used_pages(), 1);
+            setup.expect_bytes();
+            let plain = Mirror::new(&MODULE, Recorder::new()?)?;
+            for va in setup.range.page_addrs() {
+                let is_there = look(&plain, va) != Ok(RAM);
+                assert_eq!(is_there, look(&plain, va).err() == Some(EFAULT));
+                assert_eq!(is_there, look(&setup.mirror, va).err() == Some(EFAULT));
+            }
+            assert!(setup.pool.end().is_none());
+            assert_eq!(region(start, PAGE_SIZE).err(), Some(EBUSY));
+            drop(held);
+            mm.munmap(setup.range.start(), setup.range.len())?;
+            // The memory is released with its last page.
+            for _ in 0..100 {
+                if region(start, SIZE).is_ok() {
+                    return Ok(());
+                }
+                fsleep(Delta::from_millis(10));
+            }
+            Err(ETIMEDOUT)
         })
     }
 

@@ -12,6 +12,7 @@ pub fn forge(va: usize) -> WritePage<'static> {
     WritePage {
         va,
         order: 0,
+        is_remote: false,
         _commit: PhantomData,
     }
 }
