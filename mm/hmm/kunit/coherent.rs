@@ -225,6 +225,9 @@ mod tests {
         with_user_mm(|mm| {
             let setup = Setup::new(mm, start, PAGES)?;
             // What others have left in the memory.
+            for va in setup.range.page_addrs() {
+                user_write(va + PAGE_SIZE - 1, OLD)?;
+            }
             setup.migrate(setup.range)?;
             let len = setup.range.len();
             mm.munmap(setup.range.start(), len)?;
