@@ -18,7 +18,7 @@ from kernel import Kernels
 
 CRATE, DRIVER = "mm/hmm/", "drivers/gpu/dummy/"
 GCC = "C=1 prepare mm/hmm.o %s %s" % (CRATE, DRIVER)
-C_UM = " ".join("arch/um/%s.o" % f for f in ("kernel/mem", "kernel/um_arch", "kernel/vmemmap",
+C_UM = " ".join("arch/um/%s.o" % f for f in ("kernel/mem", "kernel/physmem", "kernel/um_arch", "kernel/vmemmap",
                                              "kernel/vmemmap_kunit", "os-Linux/mem"))
 
 # Configuration, directory, ARCH, compiler, rustc, what is built. Builds in one directory differ in
