@@ -319,26 +319,48 @@ pub(crate) unsafe fn identify(pfn: HmmPfn, owner: *mut c_void) -> HmmPfn {
     // SAFETY: The page was reported and cannot be freed (see the # Safety section).
     let page = unsafe { bindings::hmm_pfn_to_page(raw) };
     // SAFETY: The page was reported and cannot be freed (see the # Safety section).
-    if unsafe { Pool::owns(owner, page) } {
-        return pfn.with_device();
+    if unsafe { bindings::is_zone_device_page(page) } {
+        // SAFETY: As above.
+        return unsafe { identify_device(pfn, page, owner) };
     }
     // SAFETY: The page was reported and cannot be freed (see the # Safety section). It is mapped,
     // so its mapping cannot go away either.
     let reachable = unsafe {
         let mapping = bindings::folio_mapping(bindings::page_folio(page));
-        !bindings::is_pci_p2pdma_page(page)
-            && (mapping.is_null() || !bindings::secretmem_mapping(mapping))
+        mapping.is_null() || !bindings::secretmem_mapping(mapping)
     };
     // SAFETY: is_zero_pfn() is safe to call for any number, and page_to_pfn() for a valid page.
     let is_zero = unsafe { bindings::is_zero_pfn(bindings::page_to_pfn(page)) };
-    // SAFETY: The page was reported and cannot be freed (see the # Safety section).
-    let is_remote = unsafe { bindings::is_device_coherent_page(page) };
     match reachable {
         true if is_zero => pfn.with_zero(),
-        // SAFETY: As above.
-        true if is_remote && unsafe { Pool::is_lost_page(page) } => HmmPfn::ERROR,
-        true if is_remote => pfn.with_remote(),
         true => pfn,
         false => HmmPfn::ERROR,
+    }
+}
+
+/// Completes the report of a page of a device, or of a file on a DAX filesystem.
+///
+/// # Safety
+///
+/// `page` is in ZONE_DEVICE, is that of `pfn`, and cannot be freed.
+unsafe fn identify_device(pfn: HmmPfn, page: *mut bindings::page, owner: *mut c_void) -> HmmPfn {
+    // SAFETY: The page is valid and cannot be freed (see the # Safety section).
+    let (is_own, is_coherent, is_p2pdma) = unsafe {
+        (
+            Pool::owns(owner, page),
+            bindings::is_device_coherent_page(page),
+            bindings::is_pci_p2pdma_page(page),
+        )
+    };
+    if is_own {
+        return pfn.with_device();
+    }
+    // SAFETY: The page is valid and cannot be freed (see the # Safety section).
+    if is_p2pdma || is_coherent && unsafe { Pool::is_lost_page(page) } {
+        return HmmPfn::ERROR;
+    }
+    match is_coherent {
+        true => pfn.with_remote(),
+        false => pfn,
     }
 }

@@ -812,14 +812,11 @@ impl Pool {
     /// `page` must be valid and must not be freed meanwhile.
     pub(crate) unsafe fn owns(owner: *mut c_void, page: *mut bindings::page) -> bool {
         // SAFETY: The page is valid (see the # Safety section).
-        let is_device = unsafe {
-            bindings::is_device_private_page(page) || bindings::is_device_coherent_page(page)
-        };
-        if owner.is_null() || !is_device {
+        if owner.is_null() || !unsafe { bindings::is_zone_device_page(page) } {
             return false;
         }
-        // SAFETY: The page is one of a device and is not freed meanwhile (see the # Safety
-        // section), so its pagemap is valid.
+        // SAFETY: The page is in ZONE_DEVICE and is not freed meanwhile (see the # Safety section),
+        // so its pagemap is valid.
         unsafe { (*bindings::page_pgmap(page)).owner == owner }
     }
 

@@ -102,6 +102,16 @@ __rust_helper bool rust_helper_secretmem_mapping(struct address_space *mapping)
 	return secretmem_mapping(mapping);
 }
 
+__rust_helper bool rust_helper_is_zone_device_page(const struct page *page)
+{
+	return is_zone_device_page(page);
+}
+
+__rust_helper bool rust_helper_is_device_coherent_page(const struct page *page)
+{
+	return is_device_coherent_page(page);
+}
+
 __rust_helper bool rust_helper_is_pci_p2pdma_page(const struct page *page)
 {
 	return is_pci_p2pdma_page(page);
@@ -255,11 +265,6 @@ __rust_helper bool rust_helper_is_device_private_page(const struct page *page)
 __rust_helper int rust_helper_phys_to_target_node(u64 start)
 {
 	return phys_to_target_node(start);
-}
-
-__rust_helper bool rust_helper_is_device_coherent_page(const struct page *page)
-{
-	return is_device_coherent_page(page);
 }
 
 __rust_helper struct dev_pagemap *
