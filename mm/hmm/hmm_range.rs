@@ -320,7 +320,8 @@ pub(crate) unsafe fn identify(pfn: HmmPfn, owner: *mut c_void) -> HmmPfn {
     let page = unsafe { bindings::hmm_pfn_to_page(raw) };
     // SAFETY: The page was reported and cannot be freed (see the # Safety section).
     if unsafe { bindings::is_zone_device_page(page) } {
-        // SAFETY: As above.
+        // SAFETY: The page is in ZONE_DEVICE. It was reported as `pfn` and cannot be freed (see the
+        // # Safety section).
         return unsafe { identify_device(pfn, page, owner) };
     }
     // SAFETY: The page was reported and cannot be freed (see the # Safety section). It is mapped,

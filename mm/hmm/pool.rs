@@ -882,7 +882,9 @@ impl Pool {
             if pool.is_lost() {
                 return false;
             }
-            // SAFETY: As in `Pool::read()`.
+            // SAFETY: The CPU reaches the page, which is not freed meanwhile, and the bytes lie in
+            // it (see the # Safety section). C code copies them, so a concurrent access by the
+            // process can only mix old and new bytes.
             unsafe { bindings::memcpy_to_page(page, offset, buf.as_ptr().cast(), buf.len()) };
             return true;
         }

@@ -213,10 +213,11 @@ def upstream(tally, kernels, kernel, tests):
         stages = kernels.static("stages")
         names = hmmtests.arguments(everything, later)
         host = "/host" + tests
+        own = hmmtests.names(kernels.src, "base")
         args = [str(STAGE), "/host" + module(kernels, kernel, OURS) + WITH_MEMORY, NODE, host] + names + [
             "--", "-/host" + module(kernels, kernel, MAINLINE), NODE, host,
             "--", "-/host" + module(kernels, kernel, MAINLINE) + WITH_SPM, NODE, host] + hmmtests.arguments(
-                [t for t in hmmtests.names(kernels.src, "base") if COHERENT_TEST in t], ())
+                [t for t in own if COHERENT_TEST in t], ())
         out = Timed(logfile("x86-%s-output" % HMM_TESTS))
         with contextlib.closing(out.file), open(logfile("x86-%s-errors" % HMM_TESTS), "wb") as err:
             try:
@@ -241,7 +242,7 @@ def upstream(tally, kernels, kernel, tests):
                                      (coherent if COHERENT_TEST in test else mainline).cell(test)))
     say("    %s: %s; %s: %s; with coherent memory: %s%s" % (
         OURS, ours.sum(), MAINLINE, mainline.sum(), coherent.sum(), note))
-    own = [t for t in hmmtests.names(kernels.src, "base") if t in ours.results]
+    own = [t for t in own if t in ours.results]
     say("    of mainline's own %d tests, %d pass on %s" % (
         len(own), sum(ours.results[t] == "PASS" for t in own), OURS))
     if found:

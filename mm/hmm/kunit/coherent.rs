@@ -22,6 +22,7 @@ use super::{
         range::PageRange, //
     },
     device::{
+        migrate,
         TestDevice,
         CHUNK,
         OLD, //
@@ -109,10 +110,7 @@ impl Setup {
     }
 
     fn migrate(&self, range: PageRange) -> Result<usize> {
-        let mut buf = MigrateBuf::new(PAGES.ilog2())?;
-        let mm = self.mirror.mm()?;
-        mm.migrate_to_device(&self.pool, range, Holes::Populate, &mut buf, |_| Ok(1))
-            .map(|migrated| migrated.pages())
+        migrate(&self.mirror, &self.pool, range)
     }
 
     /// Checks the bytes of the process, without a fault.
@@ -159,7 +157,7 @@ fn hold_one(start: u64) -> Result<Held> {
             // SAFETY: A pool has made a `struct page` for each page of the memory.
             unsafe { bindings::pfn_to_page(pfn) }.cast()
         })
-        // SAFETY: As above.
+        // SAFETY: The folio is in the memory of the pool, so it has a `struct page`.
         .find(|folio| unsafe { bindings::folio_try_get(*folio) })
         .map(Held)
         .ok_or(ENOENT)

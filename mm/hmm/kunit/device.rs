@@ -14,6 +14,9 @@ use super::{
             Engine, //
         },
         evict,
+        migrate::MigrateBuf,
+        migrate_vma::Holes,
+        mirror::Mirror,
         pool::{
             Pool,
             Reservation, //
@@ -24,6 +27,7 @@ use super::{
             PageData,
             PoolOps, //
         },
+        range::PageRange,
         slots::Order, //
     },
     MODULE, //
@@ -53,6 +57,19 @@ pub(super) const OLD: u8 = 0xa5;
 pub(super) fn reserve<'a>(pool: &'a Arc<Pool>, pfns: &'a mut [usize]) -> Result<Reservation<'a>> {
     let wanted = pfns.len();
     evict::reserve(pool, pfns, wanted)
+}
+
+/// Migrates the pages of `range` to the device, and returns how many have moved. Populates holes.
+pub(super) fn migrate(
+    mirror: &Mirror,
+    pool: &DevicePool<TestDevice<u64>>,
+    range: PageRange,
+) -> Result<usize> {
+    let mut buf = MigrateBuf::new(range.pages().next_power_of_two().ilog2())?;
+    mirror
+        .mm()?
+        .migrate_to_device(pool, range, Holes::Populate, &mut buf, |_| Ok(1))
+        .map(|migrated| migrated.pages())
 }
 
 /// The number that a test adds up for page data.

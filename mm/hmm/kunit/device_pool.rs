@@ -15,6 +15,7 @@ use super::{
         range::PageRange, //
     },
     device::{
+        migrate,
         Counted,
         TestDevice, //
     },
@@ -79,10 +80,7 @@ impl Setup {
     }
 
     fn migrate(&self, range: PageRange) -> Result<usize> {
-        let mut buf = MigrateBuf::new(PAGES.ilog2())?;
-        let mm = self.mirror.mm()?;
-        mm.migrate_to_device(&self.pool, range, Holes::Populate, &mut buf, |_| Ok(1))
-            .map(|migrated| migrated.pages())
+        migrate(&self.mirror, &self.pool, range)
     }
 
     fn fault(&self, range: PageRange) -> Result {
